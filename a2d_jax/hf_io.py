@@ -1,0 +1,324 @@
+"""Hugging Face folders in and out: safetensors (one file, or shards with an index) plus `config.json`.
+
+Reading is by table (`models/naming.py`): all missing, extra and misshapen names are reported in one error before a byte of
+weights is read. Then one tensor at a time goes from the file straight onto its shards, so the host never holds more than the
+largest tensor. Writing streams too: the header is computed from the shapes, and tensors follow one by one into a file beside
+the target, which is renamed when it is complete.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+
+from a2d_jax.config import ModelConfig, load_config
+from a2d_jax.models.naming import TensorName, tensor_names
+from a2d_jax.models.transformer import DTypes, Transformer
+from a2d_jax.sharding import param_shardings
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # as transformers 4 splits checkpoints
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old LLaMA files carry; computed here
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_), "I8": np.dtype(np.int8), "I16": np.dtype(np.int16),
+}  # fmt: skip
+_DTYPE_CODES = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+# The library lays tensors out by falling alignment, then name; equal files need its order.
+_LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+
+
+# -- safetensors files ------------------------------------------------------------------------------------------------
+
+
+def inside_folder(folder: Path, name: str) -> Path:
+    """`folder / name`; ValueError where the name leads out of the folder."""
+    path = folder / name
+    if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} refers to {name!r}, a path outside the folder; correct the index file.")
+    return path
+
+
+class SafetensorsFolder:
+    """Names, shapes and lazily read data of all tensors in a folder's safetensors files."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.file_of: dict[str, Path] = {}
+        for path, wanted in self._files().items():
+            try:
+                with safe_open(path, framework="np") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        self.file_of[name] = path
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} cannot be read as safetensors ({error}); the file is truncated, damaged or absent: copy it again."
+                ) from error
+            lost = sorted(set(wanted) - self.shapes.keys())
+            if lost:
+                raise ValueError(f"{self.folder / INDEX_NAME} places {lost} in {path.name}, which does not hold them.")
+
+    def _files(self) -> dict[Path, list[str]]:
+        """Files of the checkpoint, each with the tensors its index expects there."""
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is not a safetensors index with a weight_map ({error!r}).") from error
+            files: dict[Path, list[str]] = {}
+            for name, file in weight_map.items():
+                files.setdefault(inside_folder(self.folder, file), []).append(name)
+            return files
+        if (self.folder / WEIGHTS_NAME).is_file():
+            return {self.folder / WEIGHTS_NAME: []}
+        raise ValueError(
+            f"{self.folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}; give a folder with safetensors weights "
+            "(pickled .bin files are never read: convert them with their own library first)."
+        )
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or the part of it that `index` selects. The file is mapped only for the call."""
+        with safe_open(self.file_of[name], framework="np") as file:
+            return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one safetensors file tensor by tensor; the same bytes as the library's `save_file`.
+
+    Args:
+      shapes: name -> (shape, dtype) of each tensor.
+      read: called once per name, in file order; only its last result is held.
+      metadata: strings for the header; {"format": "pt"} is what transformers and PEFT write.
+    """
+    names = sorted(shapes, key=lambda name: (_LAYOUT_ORDER.index(_DTYPE_CODES[np.dtype(shapes[name][1])]), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        shape, dtype = shapes[name]
+        end = offset + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _DTYPE_CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(file) -> None:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in names:
+            tensor, (shape, dtype) = np.ascontiguousarray(read(name)), shapes[name]
+            assert tensor.shape == tuple(shape) and tensor.dtype == dtype, (name, tensor.shape, tensor.dtype)
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+
+    write_beside(path, write)
+
+
+def write_beside(path: str | os.PathLike, write: Callable) -> None:
+    """Calls `write(file)` on a new file beside `path`, then renames it: a full disk never leaves half a file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Indented JSON, written beside and renamed."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_beside(path, lambda file: file.write(text.encode()))
+
+
+# -- checking names ---------------------------------------------------------------------------------------------------
+
+
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """One error that lists every tensor which is missing, extra or of another shape than the config gives."""
+    expected = {name.hf_name: name.shape for name in tensor_names(config)}
+    given = {name: shape for name, shape in shapes.items() if not _IGNORED.search(name)}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in given]
+    problems += [f"extra: {name} {shape}" for name, shape in given.items() if name not in expected]
+    problems += [
+        f"misshapen: {name} is {given[name]}, needed {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{where} does not fit its config.json ({config.family}, {len(problems)} tensors differ); correct the config "
+            "or the weights:\n  " + "\n  ".join(problems)
+        )
+
+
+# -- files to parameters ----------------------------------------------------------------------------------------------
+
+
+def _get(state: Mapping, path: tuple[str, ...]) -> nnx.Variable:
+    for part in path:
+        state = state[part]
+    return state
+
+
+def _put_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+def _layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def place_tensor(name: TensorName, read: Callable[..., np.ndarray], dtype, sharding) -> jax.Array:
+    """One checkpoint tensor in our orientation, each shard read by itself and put where it belongs.
+
+    Args:
+      read: (hf_name, index) -> that part of the tensor, as stored.
+      sharding: of the tensor here (of one layer, where it is stacked).
+    """
+    shape = name.shape[::-1] if name.is_transposed else name.shape
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        stored = read(name.hf_name, index[::-1] if name.is_transposed else index)
+        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(dtype, copy=False)
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def fill_state(
+    state: nnx.State, shardings: nnx.State, names: Iterable[TensorName], read: Callable[..., np.ndarray]
+) -> nnx.State:
+    """The abstract `state` with every parameter read from a checkpoint, tensor by tensor."""
+    put_layer = jax.jit(_put_layer, donate_argnums=0)
+    values: dict[tuple[str, ...], jax.Array] = {}
+    for name in names:
+        variable, sharding = _get(state, name.path), _get(shardings, name.path)[...]
+        if name.layer is None:
+            values[name.path] = place_tensor(name, read, variable.dtype, sharding)
+            continue
+        layer = place_tensor(name, read, variable.dtype, _layer_sharding(sharding))
+        if name.path not in values:
+            values[name.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(
+                variable.shape, variable.dtype
+            )
+        values[name.path] = put_layer(values[name.path], layer, name.layer)
+    flat = [(path, _get(state, path).replace(value)) for path, value in values.items()]
+    return nnx.from_flat_state(flat)
+
+
+def abstract_model(config: ModelConfig, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """The model as shapes alone; no memory is taken."""
+    return nnx.eval_shape(lambda: Transformer(config, dtypes, remat=remat))
+
+
+def shardings_of(state: nnx.State, mesh: Mesh | None) -> nnx.State:
+    """Where each parameter belongs: split by the rules table, or whole on the first device."""
+    if mesh is not None:
+        return param_shardings(state, mesh)
+    here = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda v: v.replace(here), state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """The model of a Hugging Face folder, on one device or split over the mesh."""
+    config = load_config(folder)
+    source = SafetensorsFolder(folder)
+    check_tensors(config, source.shapes, folder)
+    graphdef, state = nnx.split(abstract_model(config, dtypes, remat))
+    return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), tensor_names(config), source.read))
+
+
+# -- parameters to files ----------------------------------------------------------------------------------------------
+
+
+def read_tensor(state: Mapping, name: TensorName, dtype: np.dtype) -> np.ndarray:
+    """One parameter (of one layer) as the checkpoint stores it, on the host."""
+    value = _get(state, name.path)[...]
+    value = np.asarray(value if name.layer is None else value[name.layer])
+    return (value.T if name.is_transposed else value).astype(dtype, copy=False)
+
+
+def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Names in order, cut before a file would exceed `max_bytes`; a larger tensor gets a file of its own."""
+    shard, shard_bytes = [], 0
+    for name, size in sizes.items():
+        if shard and shard_bytes + size > max_bytes:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append(name)
+        shard_bytes += size
+    if shard:
+        yield shard
+
+
+def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> None:
+    """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
+
+    Nothing of an earlier checkpoint in the folder is touched before the new one is complete.
+
+    Raises:
+      ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone).
+    """
+    if model.lora is not None:
+        raise ValueError("the model carries an unmerged adapter; merge_adapter(model) first, or save_adapter(model, path).")
+    folder, config = Path(path), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(getattr(ml_dtypes, config.dtype, None) or config.dtype)
+    state = nnx.state(model)
+    table = {name.hf_name: name for name in tensor_names(config)}
+    shapes = {hf_name: (name.shape, dtype) for hf_name, name in table.items()}
+    sizes = {hf_name: math.prod(shape) * dtype.itemsize for hf_name, (shape, _) in shapes.items()}
+    shards = list(split_into_shards(sizes, max_shard_bytes))
+    files = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        for file, names in zip(files, shards, strict=True):
+            part = {name: shapes[name] for name in names}
+            write_safetensors(
+                staging / file, part, lambda name: read_tensor(state, table[name], dtype), {"format": "pt"}
+            )
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(staging / INDEX_NAME, index)
+        write_json(staging / "config.json", dict(config.hf_config))
+        stale = [*folder.glob("model*.safetensors"), folder / INDEX_NAME]
+        written = [file.name for file in staging.iterdir()]
+        for name in written:
+            os.replace(staging / name, folder / name)
+        for file in stale:  # weights of an earlier checkpoint would be read instead of, or along with, the new ones
+            if file.name not in written:
+                file.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

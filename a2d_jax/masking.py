@@ -1,0 +1,61 @@
+"""The forward process: response tokens become [MASK], each with one probability per row; prompts never do.
+
+    t ~ U(0, 1) per row,  p = (1 - eps) t + eps,  every response token is masked with probability p
+    target of a masked token: the token itself (retain rows), or [EOS] (harmful rows)          A2D, section 3
+
+One t per row and independent positions are what make the learned refusal hold in any order and at any step: every subset of
+the response is seen masked.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class NoisedBatch(NamedTuple):
+    """What the loss needs to know of one corrupted batch.
+
+    `tokens` are the targets: in harmful rows every position holds [EOS], although the unmasked positions of `noisy_tokens`
+    keep the harmful text. That text is the context in which the model must learn to stop.
+    """
+
+    tokens: jax.Array  # (B, T) int32, target of each position
+    noisy_tokens: jax.Array  # (B, T) int32, model input
+    is_masked: jax.Array  # (B, T) bool, positions that are scored
+    mask_prob: jax.Array  # (B, T) or (B, 1) float32, p of the row
+    is_response: jax.Array  # (B, T) bool, the padding that counts as response included
+    is_safe: jax.Array  # (B,) bool
+
+
+def corrupt(
+    key: jax.Array,
+    tokens: jax.Array,
+    is_response: jax.Array,
+    is_safe: jax.Array,
+    *,
+    mask_id: int,
+    eos_id: int,
+    eps: float = 1e-3,
+) -> NoisedBatch:
+    """Draws t and the masks of one batch.
+
+    Args:
+      key: consumed whole; fold the step into it before.
+      tokens: (B, T) int32 clean rows, right-padded with [EOS].
+      is_response: (B, T) bool, positions that may be masked.
+      is_safe: (B,) bool, False for a harmful response.
+      eps: the smallest masking probability.
+    """
+    time_key, mask_key = jax.random.split(key)
+    time = jax.random.uniform(time_key, (tokens.shape[0], 1))
+    mask_prob = (1 - eps) * time + eps  # (B, 1)
+    is_masked = is_response & (jax.random.uniform(mask_key, tokens.shape) < mask_prob)
+    return NoisedBatch(
+        tokens=jnp.where(is_safe[:, None], tokens, eos_id),
+        noisy_tokens=jnp.where(is_masked, mask_id, tokens),
+        is_masked=is_masked,
+        mask_prob=jnp.broadcast_to(mask_prob, tokens.shape),
+        is_response=is_response,
+        is_safe=is_safe,
+    )

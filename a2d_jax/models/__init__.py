@@ -1,0 +1,1 @@
+"""The transformer, its adapters and the names its tensors carry in checkpoints."""

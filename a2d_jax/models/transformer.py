@@ -1,0 +1,255 @@
+"""The one backbone: RMSNorm, rotary attention (grouped queries), SwiGLU, for LLaDA, Dream, LLaMA, Mistral and Qwen2.
+
+Axis letters, used in the whole package:
+  B batch, T query positions, S key positions, D width, N query heads, K key/value heads, G = N / K, H head dim,
+  F mlp width, V vocabulary rows, R adapter rank, L layers.
+
+Layers are stacked on a leading L axis and walked by one `jax.lax.scan`, so that the compiled program holds one layer
+whatever the depth; `remat` chooses what that layer keeps for the backward pass. Every parameter carries the logical names of
+its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mesh.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from a2d_jax.config import Llama3Rope, ModelConfig
+from a2d_jax.models.lora import LoRAConfig
+from a2d_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep projections, recompute attention and norms
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream alone
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypes:
+    """Number formats: `param` as stored, `compute` of activations and matmuls. Norms, softmax and logits are float32."""
+
+    param: jnp.dtype = jnp.float32
+    compute: jnp.dtype = jnp.float32
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        # A TPU would otherwise multiply float32 in bfloat16 passes.
+        is_float32 = jnp.dtype(self.compute) == jnp.float32
+        return jax.lax.Precision.HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b) (+ the low-rank path, where `add_lora` gave one). W is (in, out)."""
+
+    def __init__(self, fan_in, fan_out, *, axes, dtypes: DTypes, has_bias: bool = False, rngs: nnx.Rngs):
+        init = jax.random.normal(rngs.params(), (fan_in, fan_out), dtypes.param) * 0.02
+        self.kernel = nnx.Param(init, logical_axes=axes)
+        self.bias = nnx.Param(jnp.zeros((fan_out,), dtypes.param), logical_axes=axes[1:]) if has_bias else None
+        self.lora_a = self.lora_b = nnx.data(None)
+        self.lora_scale = self.lora_dropout = 0.0
+        self.dtypes = dtypes
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, out_dtype=None) -> jax.Array:
+        """x (..., in) -> (..., out) in `out_dtype` (default: compute). The key switches the adapter's dropout on."""
+        compute = self.dtypes.compute
+        matmul = functools.partial(jnp.matmul, precision=self.dtypes.precision, preferred_element_type=out_dtype)
+        y = matmul(x, self.kernel[...].astype(compute))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        if self.lora_a is not None:
+            if dropout_key is not None and self.lora_dropout > 0:
+                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
+            low_rank = matmul(x, self.lora_a[...].astype(compute))  # (..., R)
+            y = y + self.lora_scale * matmul(low_rank.astype(compute), self.lora_b[...].astype(compute))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x), the statistic in float32, cast back, then times the learned scale (the order of LLaMA's code)."""
+
+    def __init__(self, width: int, eps: float, dtypes: DTypes):
+        self.scale = nnx.Param(jnp.ones((width,), dtypes.param), logical_axes=("norm",))
+        self.eps = eps
+        self.dtypes = dtypes
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(self.dtypes.compute)
+
+
+class Embed(nnx.Module):
+    """Token vectors; also the head where the checkpoint ties them."""
+
+    def __init__(self, vocab_size: int, width: int, dtypes: DTypes, rngs: nnx.Rngs):
+        init = jax.random.normal(rngs.params(), (vocab_size, width), dtypes.param) * 0.02
+        self.embedding = nnx.Param(init, logical_axes=("vocab", "embed"))
+        self.dtypes = dtypes
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens].astype(self.dtypes.compute)  # (B, T, D)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        embedding = self.embedding[...].astype(self.dtypes.compute)
+        return jnp.einsum(
+            "btd,vd->btv", x, embedding, precision=self.dtypes.precision, preferred_element_type=jnp.float32
+        )
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None) -> jax.Array:
+    """Radians per position of each of the H / 2 rotated pairs, float32."""
+    freqs = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # (H / 2,)
+    if scaling is None:
+        return freqs
+    turns = scaling.original_max_position * freqs / (2 * jnp.pi)  # full turns within the original context
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(ramp, 0, 1)
+    return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of x (B, T, heads, H) by the angles (B, T, 1, H/2), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attention_masks(config: ModelConfig, attention_mask: jax.Array | None, num_positions: int):
+    """Which keys each query may see: (for layers that see everything, for layers with a sliding window).
+
+    Args:
+      attention_mask: (B, S) bool, False where a key is padding; or None.
+    Returns:
+      Two (B or 1, 1, T, S) bool arrays, None where nothing is hidden. The second is None without sliding windows.
+    """
+    keys = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, S)
+    if not config.is_causal:
+        return keys, None
+    distance = jnp.arange(num_positions)[:, None] - jnp.arange(num_positions)[None, :]  # query - key, (T, S)
+    full = (distance >= 0)[None, None]
+    full = full if keys is None else full & keys
+    if config.sliding_windows is None:
+        return full, None
+    window = max(window for window in config.sliding_windows if window is not None)
+    return full, full & (distance < window)[None, None]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, dtypes: DTypes, rngs: nnx.Rngs):
+        d, heads, kv_heads = config.width, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        linear = functools.partial(Linear, dtypes=dtypes, rngs=rngs)
+        self.attn_norm = RMSNorm(d, config.norm_eps, dtypes)
+        self.q_proj = linear(d, heads, axes=("embed", "heads"), has_bias=config.qkv_bias)
+        self.k_proj = linear(d, kv_heads, axes=("embed", "kv_heads"), has_bias=config.qkv_bias)
+        self.v_proj = linear(d, kv_heads, axes=("embed", "kv_heads"), has_bias=config.qkv_bias)
+        self.o_proj = linear(heads, d, axes=("heads", "embed"), has_bias=config.out_bias)
+        self.mlp_norm = RMSNorm(d, config.norm_eps, dtypes)
+        self.gate_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
+        self.up_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
+        self.down_proj = linear(config.mlp_dim, d, axes=("mlp", "embed"), has_bias=config.mlp_bias)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
+        keys = dict(zip("qkvogud", jax.random.split(dropout_key, 7) if dropout_key is not None else [None] * 7))
+        split_heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+
+        normed = self.attn_norm(x)  # (B, T, D)
+        q = apply_rope(split_heads(self.q_proj(normed, keys["q"])), cos, sin)  # (B, T, N, H)
+        k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, S, K, H)
+        v = split_heads(self.v_proj(normed, keys["v"]))  # (B, S, K, H)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, N, H); softmax in float32
+        attended = attended.reshape(*x.shape[:2], -1)  # (B, T, N H)
+        x = constrain(x + self.o_proj(attended, keys["o"]), "batch", "length", None)
+
+        normed = self.mlp_norm(x)
+        hidden = jax.nn.silu(self.gate_proj(normed, keys["g"])) * self.up_proj(normed, keys["u"])  # (B, T, F)
+        return constrain(x + self.down_proj(hidden, keys["d"]), "batch", "length", None)  # (B, T, D)
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits. `config` says which family; the same weights layout serves all of them."""
+
+    def __init__(
+        self, config: ModelConfig, dtypes: DTypes | None = None, *, remat: str = "none", rngs: nnx.Rngs | None = None
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={remat!r}; choose one of {sorted(REMAT_POLICIES)}.")
+        dtypes, rngs = dtypes or DTypes(), rngs or nnx.Rngs(0)
+        self.config = config
+        self.dtypes = dtypes
+        self.remat = remat
+        self.lora: LoRAConfig | None = nnx.static(None)
+        self.embed = Embed(config.vocab_size, config.width, dtypes, rngs)
+        layer_keys = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks = nnx.vmap(lambda key: Block(config, dtypes, nnx.Rngs(key)))(layer_keys)
+        self.final_norm = RMSNorm(config.width, config.norm_eps, dtypes)
+        self.lm_head = nnx.data(None)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.width, config.vocab_size, axes=("embed", "vocab"), dtypes=dtypes, rngs=rngs)
+
+    def projection(self, path: str) -> Linear:
+        """The linear layer at "blocks.<name>" or "lm_head"."""
+        return functools.reduce(getattr, path.split("."), self)
+
+    def hidden_states(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
+        """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
+        config, num_positions = self.config, tokens.shape[1]
+        if attention_mask is not None and attention_mask.shape != tokens.shape:
+            raise ValueError(f"attention_mask has shape {attention_mask.shape}, tokens {tokens.shape}; they must match.")
+        if positions is None:
+            positions = jnp.arange(num_positions)[None]  # RoPE is relative: left padding needs no other count
+        freqs = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = positions[..., None, None].astype(jnp.float32) * freqs  # (B or 1, T, 1, H / 2)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        attention_mask = None if attention_mask is None else attention_mask.astype(bool)
+        full_mask, sliding_mask = attention_masks(config, attention_mask, num_positions)
+
+        graphdef, layers = nnx.split(self.blocks)
+
+        def apply_block(x, layer):
+            state, is_sliding, key = layer
+            mask = full_mask if is_sliding is None else jnp.where(is_sliding, sliding_mask, full_mask)
+            return nnx.merge(graphdef, state)(x, mask, cos, sin, key), None
+
+        if self.remat != "none":
+            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        is_sliding = None
+        if sliding_mask is not None:
+            is_sliding = jnp.array([window is not None for window in config.sliding_windows])  # (L,)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+        x = constrain(self.embed(tokens), "batch", "length", None)  # (B, T, D)
+        x, _ = jax.lax.scan(apply_block, x, (layers, is_sliding, keys))
+        return self.final_norm(x)
+
+    def logits(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """hidden (B, T, D) -> (B, T, V) float32."""
+        if self.lm_head is None:
+            return self.embed.attend(hidden)
+        return self.lm_head(hidden, dropout_key, out_dtype=jnp.float32)
+
+    def __call__(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
+        """Logits of every position.
+
+        Args:
+          tokens: (B, T) int32.
+          attention_mask: (B, T) bool, False = padding, seen by no other position; None: every token is real.
+          positions: (B, T) int32 rotary positions; default 0 .. T - 1.
+          dropout_key: switches the adapter's dropout on (training only).
+        Returns:
+          (B, T, V) float32. Those of Dream and the causal families at position i are for token i + 1.
+        """
+        return _forward(self, tokens, attention_mask, positions, dropout_key)
+
+
+@nnx.jit
+def _forward(model: Transformer, tokens, attention_mask, positions, dropout_key) -> jax.Array:
+    # Compiled once per shape, so that a plain `model(tokens)` does not trace the scan at every call.
+    body_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    hidden = model.hidden_states(tokens, attention_mask, positions=positions, dropout_key=body_key)
+    return model.logits(hidden, head_key)
