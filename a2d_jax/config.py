@@ -51,8 +51,14 @@ class ModelConfig:
     bos_id: int | None = None
     pad_id: int | None = None
     dtype: str = "float32"  # of the tensors in the folder
-    # The file as it was read, so that writing the folder back loses no key.
-    hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    # The file as it was read, and which weight file held each tensor: saving writes the same folder back. Both take part
+    # in comparison, because equal configs are interchangeable to the compilation cache.
+    hf_text: str = dataclasses.field(default="{}", repr=False)
+    weight_files: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return json.loads(self.hf_text)
 
     @property
     def is_causal(self) -> bool:
@@ -64,8 +70,13 @@ class ModelConfig:
         return self.family != "llada"
 
     @classmethod
-    def from_hf(cls, hf_config: Mapping[str, Any]) -> "ModelConfig":
-        """The configuration that `config.json` describes; ValueError for an unknown architecture or setting."""
+    def from_hf(cls, hf_config: Mapping[str, Any], hf_text: str | None = None) -> "ModelConfig":
+        """The configuration that `config.json` describes; ValueError for an unknown architecture or setting.
+
+        Args:
+          hf_config: the parsed file.
+          hf_text: the file itself, to be written back as it was; by default made from `hf_config`.
+        """
         model_type = hf_config.get("model_type")
         family = _FAMILY_OF_MODEL_TYPE.get(model_type)
         if family is None:
@@ -74,9 +85,10 @@ class ModelConfig:
                 f"{sorted(_FAMILY_OF_MODEL_TYPE)}. Convert the checkpoint to one of these or correct model_type."
             )
         try:
-            return _from_llada(hf_config) if family == "llada" else _from_llama_like(family, hf_config)
+            config = _from_llada(hf_config) if family == "llada" else _from_llama_like(family, hf_config)
         except KeyError as error:
             raise ValueError(f"config.json of a {model_type} model lacks the key {error}; add it.") from error
+        return dataclasses.replace(config, hf_text=hf_text or json.dumps(dict(hf_config), indent=2) + "\n")
 
 
 def load_config(folder: str | os.PathLike) -> ModelConfig:
@@ -85,11 +97,12 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
     if not os.path.isfile(path):
         raise ValueError(f"{os.fspath(folder)!r} has no config.json; give a Hugging Face folder with one.")
     with open(path, encoding="utf-8") as file:
-        try:
-            hf_config = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error}); write the file again from its source.") from error
-    return ModelConfig.from_hf(hf_config)
+        text = file.read()
+    try:
+        hf_config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write the file again from its source.") from error
+    return ModelConfig.from_hf(hf_config, text)
 
 
 def _require(hf_config: Mapping[str, Any], **supported: Any) -> None:
@@ -139,7 +152,6 @@ def _from_llada(hf: Mapping[str, Any]) -> ModelConfig:
         out_bias=has_bias,
         mlp_bias=has_bias,
         dtype=_dtype(hf),
-        hf_config=dict(hf),
         **_special_ids(hf),
     )
 
@@ -168,7 +180,6 @@ def _from_llama_like(family: str, hf: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(hf.get("mlp_bias", False)),
         sliding_windows=_sliding_windows(family, hf),
         dtype=_dtype(hf),
-        hf_config=dict(hf),
         **_special_ids(hf),
     )
 

@@ -6,6 +6,7 @@ largest tensor. Writing streams too: the header is computed from the shapes, and
 the target, which is renamed when it is complete.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -54,6 +55,17 @@ def inside_folder(folder: Path, name: str) -> Path:
     return path
 
 
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name of a sharded checkpoint's index; empty where the folder has none."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return {}
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not a safetensors index with a weight_map ({error!r}).") from error
+
+
 class SafetensorsFolder:
     """Names, shapes and lazily read data of all tensors in a folder's safetensors files."""
 
@@ -61,6 +73,7 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.file_of: dict[str, Path] = {}
+        self.weight_map = read_weight_map(self.folder)
         for path, wanted in self._files().items():
             try:
                 with safe_open(path, framework="np") as file:
@@ -77,14 +90,9 @@ class SafetensorsFolder:
 
     def _files(self) -> dict[Path, list[str]]:
         """Files of the checkpoint, each with the tensors its index expects there."""
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is not a safetensors index with a weight_map ({error!r}).") from error
+        if self.weight_map:
             files: dict[Path, list[str]] = {}
-            for name, file in weight_map.items():
+            for name, file in self.weight_map.items():
                 files.setdefault(inside_folder(self.folder, file), []).append(name)
             return files
         if (self.folder / WEIGHTS_NAME).is_file():
@@ -218,7 +226,7 @@ def fill_state(
     put_layer = jax.jit(_put_layer, donate_argnums=0)
     values: dict[tuple[str, ...], jax.Array] = {}
     for name in names:
-        variable, sharding = _get(state, name.path), _get(shardings, name.path)[...]
+        variable, sharding = _get(state, name.path), _get(shardings, name.path).get_value()
         if name.layer is None:
             values[name.path] = place_tensor(name, read, variable.dtype, sharding)
             continue
@@ -250,6 +258,7 @@ def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none
     config = load_config(folder)
     source = SafetensorsFolder(folder)
     check_tensors(config, source.shapes, folder)
+    config = dataclasses.replace(config, weight_files=tuple(source.weight_map.items()))
     graphdef, state = nnx.split(abstract_model(config, dtypes, remat))
     return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), tensor_names(config), source.read))
 
@@ -277,8 +286,24 @@ def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list
         yield shard
 
 
-def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> None:
+def plan_files(config: ModelConfig, sizes: Mapping[str, int], max_shard_bytes: int | None) -> dict[str, list[str]]:
+    """File name -> its tensors: the files the checkpoint came in, or a new split by size."""
+    if max_shard_bytes is None and dict(config.weight_files).keys() == sizes.keys():
+        files: dict[str, list[str]] = {}
+        for name, file in config.weight_files:
+            files.setdefault(file, []).append(name)
+        return files
+    shards = list(split_into_shards(sizes, max_shard_bytes or DEFAULT_MAX_SHARD_BYTES))
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+
+
+def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int | None = None) -> None:
     """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
+
+    Tensors go into the files they were loaded from; with `max_shard_bytes`, or for a model of another origin, into files
+    of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for byte.
 
     Nothing of an earlier checkpoint in the folder is touched before the new one is complete.
 
@@ -294,25 +319,22 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
     table = {name.hf_name: name for name in tensor_names(config)}
     shapes = {hf_name: (name.shape, dtype) for hf_name, name in table.items()}
     sizes = {hf_name: math.prod(shape) * dtype.itemsize for hf_name, (shape, _) in shapes.items()}
-    shards = list(split_into_shards(sizes, max_shard_bytes))
-    files = [WEIGHTS_NAME]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = plan_files(config, sizes, max_shard_bytes)
 
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        for file, names in zip(files, shards, strict=True):
+        for file, names in files.items():
             part = {name: shapes[name] for name in names}
             write_safetensors(
                 staging / file, part, lambda name: read_tensor(state, table[name], dtype), {"format": "pt"}
             )
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(staging / INDEX_NAME, index)
-        write_json(staging / "config.json", dict(config.hf_config))
+        write_beside(staging / "config.json", lambda file: file.write(config.hf_text.encode()))
         stale = [*folder.glob("model*.safetensors"), folder / INDEX_NAME]
         written = [file.name for file in staging.iterdir()]
         for name in written:

@@ -156,7 +156,8 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
-        keys = dict(zip("qkvogud", jax.random.split(dropout_key, 7) if dropout_key is not None else [None] * 7))
+        split = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
+        keys = dict(zip("qkvogud", split, strict=True))
         split_heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
 
         normed = self.attn_norm(x)  # (B, T, D)
@@ -201,7 +202,7 @@ class Transformer(nnx.Module):
         """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
         config, num_positions = self.config, tokens.shape[1]
         if attention_mask is not None and attention_mask.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {attention_mask.shape}, tokens {tokens.shape}; they must match.")
+            raise ValueError(f"attention_mask has shape {attention_mask.shape}, tokens {tokens.shape}: give equal ones.")
         if positions is None:
             positions = jnp.arange(num_positions)[None]  # RoPE is relative: left padding needs no other count
         freqs = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
