@@ -9,18 +9,21 @@ Padding follows the definition of the loss, whose value depends on the longest r
      nothing: `attention_mask` and `is_response` are False there, and the loss equals the one at the longest row's length.
 """
 
-import bisect
 import dataclasses
+import hashlib
+import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from a2d_jax.rows import Row, parse_row, read_rows
+from a2d_jax.rows import Row, RowFile, parse_row, read_rows
 from a2d_jax.tokenizer import Tokenizer
 
-_MAX_LISTED = 5  # rows named in one error message
+_NUM_EXAMPLES = 5  # rows named in a message or report
+_MAX_CYCLE = 10_000  # draws after which the mixing of pools repeats, at most
 
 
 class Batch(NamedTuple):
@@ -55,15 +58,39 @@ class DataConfig:
     weights: tuple[float, ...] | None = None
     harmful_share: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.row_length < 1 or self.min_response < 1:
+            raise ValueError(f"row_length={self.row_length} and min_response={self.min_response} must be 1 or more")
+        if not self.buckets:
+            steps = {math.ceil(self.row_length * quarter / 4) for quarter in (1, 2, 3, 4)}
+            object.__setattr__(self, "buckets", tuple(sorted(steps)))
+        if list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1 or self.buckets[-1] < self.row_length:
+            raise ValueError(
+                f"buckets={self.buckets} must grow and end at row_length={self.row_length} or above; e.g. "
+                f"({math.ceil(self.row_length / 2)}, {self.row_length})"
+            )
+        if self.on_long_prompt not in ("error", "drop"):
+            raise ValueError(f"on_long_prompt={self.on_long_prompt!r} is not known; use 'error' or 'drop'")
+        if self.weights is not None and not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights={self.weights} must all be above 0; leave a file out instead of giving it weight 0")
+        if self.harmful_share is not None and not 0 < self.harmful_share < 1:
+            raise ValueError(f"harmful_share={self.harmful_share} must lie between 0 and 1; use None to take rows as they come")
+
 
 @dataclasses.dataclass(frozen=True)
 class TruncationReport:
-    """What did not fit. cut rows keep a shorter response; dropped rows are left out (on_long_prompt="drop")."""
+    """What did not fit: cut rows keep a shorter response (or text); dropped rows are left out, their prompt being too long."""
 
     num_cut: int
     num_tokens_cut: int
     num_dropped: int
     examples: tuple[str, ...]  # where the first of them are: "file:line"
+
+    def __str__(self) -> str:
+        if not self.num_cut and not self.num_dropped:
+            return "no row cut"
+        counts = f"{self.num_cut} rows cut ({self.num_tokens_cut} tokens), {self.num_dropped} dropped for a long prompt"
+        return f"{counts}; first: {', '.join(self.examples)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +99,24 @@ class DataSummary:
 
     num_rows: int
     num_harmful: int
-    num_retain: int
+    num_retain: int  # documents included
     num_documents: int
     num_tokens: int
     num_response_tokens: int
     longest_row: int
-    rows_per_file: dict[str, int]
+    rows_per_file: tuple[tuple[str, int], ...]
     truncation: TruncationReport
+
+    def __str__(self) -> str:
+        kinds = f"{self.num_harmful} harmful, {self.num_retain} retain, of which {self.num_documents} documents"
+        tokens = f"{self.num_tokens} tokens ({self.num_response_tokens} response), longest row {self.longest_row}"
+        files = "".join(f"\n  {name}: {count} rows" for name, count in self.rows_per_file)
+        return f"{self.num_rows} rows: {kinds}\n{tokens}; {self.truncation}{files}"
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """All rows as flat arrays. Row i is tokens[offsets[i]:offsets[i + 1]], its first prompt_lengths[i] tokens are the prompt."""
+    """All rows as flat arrays. Row i is tokens[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] tokens are the prompt."""
 
     tokens: np.ndarray  # (sum of lengths,) int32
     offsets: np.ndarray  # (N + 1,) int64
@@ -92,45 +125,258 @@ class EncodedRows:
     file_index: np.ndarray  # (N,) int32
     summary: DataSummary
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
 
-def encode_rows(rows_per_file: Mapping[str, Sequence[Row]], tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
-    """Tokenises rows; the response ends with the template's end of turn and [EOS], a document with [EOS]."""
+
+def encode_rows(files: Sequence[RowFile], tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
+    """Tokenises rows; a response ends with the template's end of turn and [EOS], a document with [EOS], unless cut."""
+    rows = [row for file in files for row in file.rows]
+    encoded = _tokenize(rows, tokenizer)
+    _check_no_masks(rows, encoded, tokenizer)
+
+    room = [config.row_length - len(prompt) for prompt, _ in encoded]
+    too_long = [i for i in range(len(rows)) if room[i] < config.min_response]
+    if too_long and config.on_long_prompt == "error":
+        needed = max(len(encoded[i][0]) for i in too_long) + config.min_response
+        raise ValueError(
+            f"{len(too_long)} prompts are longer than the row: they leave fewer than min_response={config.min_response} of "
+            f"row_length={config.row_length} tokens; first: {_places(rows, too_long)}. Use row_length={needed}, or "
+            "on_long_prompt='drop' to leave these rows out"
+        )
+    dropped = set(too_long)
+    kept = [i for i in range(len(rows)) if i not in dropped]
+    if not kept:
+        raise ValueError(f"none of {len(rows)} rows fits into row_length={config.row_length}; give a longer row_length")
+    cut = [i for i in kept if len(encoded[i][1]) > room[i]]
+
+    responses = [encoded[i][1][: room[i]] for i in kept]
+    prompts = [encoded[i][0] for i in kept]
+    lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
+    is_safe = np.array([rows[i].is_safe for i in kept], bool)
+    file_index = np.repeat(np.arange(len(files), dtype=np.int32), [len(file.rows) for file in files])[kept]
+    kept_per_file = np.bincount(file_index, minlength=len(files)).tolist()
+    summary = DataSummary(
+        num_rows=len(kept),
+        num_harmful=int((~is_safe).sum()),
+        num_retain=int(is_safe.sum()),
+        num_documents=sum(rows[i].is_document for i in kept),
+        num_tokens=int(lengths.sum()),
+        num_response_tokens=sum(map(len, responses)),
+        longest_row=int(lengths.max()),
+        rows_per_file=tuple((file.name, count) for file, count in zip(files, kept_per_file, strict=True)),
+        truncation=TruncationReport(
+            num_cut=len(cut),
+            num_tokens_cut=sum(len(encoded[i][1]) - room[i] for i in cut),
+            num_dropped=len(dropped),
+            examples=tuple(rows[i].where for i in sorted([*cut, *dropped])[:_NUM_EXAMPLES]),
+        ),
+    )
+    return EncodedRows(
+        tokens=np.concatenate([np.array(part, np.int32) for row in zip(prompts, responses, strict=True) for part in row]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        is_safe=is_safe,
+        file_index=file_index,
+        summary=summary,
+    )
 
 
-def collate(encoded: EncodedRows, indices: Sequence[int], eos_id: int, buckets: Sequence[int]) -> Batch:
-    """The named rows as one batch, padded as the module says."""
+def _tokenize(rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, response ids) of each row; a document is all response."""
+    documents = iter(tokenizer.encode_batch([row.text for row in rows if row.is_document]))
+    turns = iter(tokenizer.encode_turns([(row.prompt, row.response) for row in rows if not row.is_document]))
+    return [([], tokenizer.end_with_eos(next(documents))) if row.is_document else next(turns) for row in rows]
+
+
+def _check_no_masks(rows: Sequence[Row], encoded: Sequence[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> None:
+    # A mask id in a response would be a position to predict without a target. In a prompt it is what DIJA sends.
+    bad = [i for i, (_, response) in enumerate(encoded) if tokenizer.mask_id in response]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} responses or texts hold the mask token itself, which has no target; first: {_places(rows, bad)}. "
+            "Write out what should be learned there, or remove those rows"
+        )
+
+
+def _places(rows: Sequence[Row], indices: Sequence[int]) -> str:
+    return ", ".join(rows[i].where for i in indices[:_NUM_EXAMPLES])
+
+
+def collate(encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Sequence[int], rows: slice = slice(None)) -> Batch:
+    """One batch of rows, padded as the module says.
+
+    Args:
+      encoded: all rows.
+      indices: rows of the global batch; they decide its length.
+      eos_id: [EOS], the padding.
+      buckets: batch lengths, growing.
+      rows: which rows of the batch to build (a host's own).
+    """
+    lengths = encoded.lengths[indices]
+    longest = int(lengths.max())
+    bucket = next(length for length in buckets if length >= longest)
+
+    indices, lengths = indices[rows], lengths[rows]
+    columns = np.arange(bucket)
+    is_own = columns < lengths[:, None]  # (B, T)
+    tokens = np.full(is_own.shape, eos_id, np.int32)
+    tokens[is_own] = np.concatenate([encoded.tokens[encoded.offsets[i] : encoded.offsets[i + 1]] for i in indices])
+    attention_mask = np.broadcast_to(columns < longest, is_own.shape)
+    is_response = attention_mask & (columns >= encoded.prompt_lengths[indices][:, None])
+    return Batch(tokens, is_response, attention_mask.copy(), encoded.is_safe[indices])
+
+
+class _MixingCycle:
+    """Which pool each draw takes, and the how-manieth of that pool: exact shares in every cycle, spread evenly within it.
+
+    The length of the cycle is the smallest that gives each share a whole number of draws; where _MAX_CYCLE draws are too few
+    for that, shares are rounded to that many. The interface is that of Grain's `select_from_datasets`.
+    """
+
+    def __init__(self, shares: Sequence[float], length: int):
+        shares = np.asarray(shares, np.float64) / np.sum(shares)
+        lengths = np.arange(1, _MAX_CYCLE + 1)[:, None]
+        is_whole = np.all(np.abs(shares * lengths - np.round(shares * lengths)) < 1e-6, axis=1)
+        cycle = int(np.argmax(is_whole)) + 1 if is_whole.any() else _MAX_CYCLE
+        self._counts = np.maximum(1, np.round(shares * cycle).astype(int))
+        slots = [((turn + 0.5) / count, pool, turn) for pool, count in enumerate(self._counts) for turn in range(count)]
+        self._slots = [(pool, turn) for _, pool, turn in sorted(slots)]
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        cycle, slot = divmod(index, len(self._slots))
+        pool, turn = self._slots[slot]
+        return pool, cycle * int(self._counts[pool]) + turn
+
+
+def _pools(encoded: EncodedRows, config: DataConfig) -> list[tuple[np.ndarray, float]]:
+    """Row numbers to shuffle together, and the share of draws that they get."""
+    names = [name for name, _ in encoded.summary.rows_per_file]
+    if config.weights is not None and len(config.weights) != len(names):
+        raise ValueError(f"{len(config.weights)} weights {config.weights} for {len(names)} files {names}; give one a file")
+    kinds = [(np.ones_like(encoded.is_safe), 1.0)]
+    if config.harmful_share is not None:
+        kinds = [(~encoded.is_safe, config.harmful_share), (encoded.is_safe, 1 - config.harmful_share)]
+        if encoded.is_safe.all() or not encoded.is_safe.any():
+            raise ValueError(
+                f"harmful_share={config.harmful_share} needs harmful and retain rows, but there are {encoded.summary.num_harmful} "
+                f"harmful and {encoded.summary.num_retain} retain ones in {names}; add rows or set harmful_share to None"
+            )
+    if config.weights is None:
+        return [(np.flatnonzero(is_kind), share) for is_kind, share in kinds]
+
+    for index, (name, count) in enumerate(encoded.summary.rows_per_file):
+        if not count:
+            raise ValueError(f"{name} has weight {config.weights[index]}, but no row of it fits; leave the file out")
+    pools = []
+    for is_kind, share in kinds:
+        cells = [(np.flatnonzero(is_kind & (encoded.file_index == i)), weight) for i, weight in enumerate(config.weights)]
+        cells = [(rows, weight) for rows, weight in cells if len(rows)]
+        total = sum(weight for _, weight in cells)
+        pools += [(rows, share * weight / total) for rows, weight in cells]
+    return pools
 
 
 class Loader:
-    """Endless batches over encoded rows, by step number. Iterating it starts at step 0."""
+    """Endless batches over encoded rows, by step number. Iterating it starts at step 0.
 
-    buckets: tuple[int, ...]
-    summary: DataSummary
-    steps_per_epoch: int  # batches until every row was drawn once (rows / batch_size, rounded up)
+    Each pool of rows (a file, where files have weights; harmful and retain rows, where their share is set; else all rows) is
+    passed through whole, in a new order each epoch. Batches run across the ends of epochs: no row is left over.
 
-    def __init__(self, encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int,
-                 process_index: int = 0, process_count: int = 1): ...
+    Attributes:
+      buckets: the batch lengths that can occur. summary: the data in numbers. steps_per_epoch: rows / global batch, rounded up.
+    """
+
+    def __init__(
+        self, encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int,
+        process_index: int = 0, process_count: int = 1,
+    ):  # fmt: skip
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} cannot be split evenly over {process_count} hosts; use a multiple of {process_count}"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} must be one of 0..{process_count - 1}")
+        self.buckets = tuple(config.buckets)
+        self.summary = encoded.summary
+        self.steps_per_epoch = math.ceil(encoded.summary.num_rows / batch_size)
+        self.fingerprint = _fingerprint(encoded, config, eos_id, batch_size, seed)
+
+        pools = _pools(encoded, config)
+        # Grain adds the epoch to the seed; hashed seeds keep the orders of pools, epochs and runs apart.
+        seeds = np.random.SeedSequence(seed).generate_state(len(pools), np.uint32)
+        shuffled = [
+            grain.MapDataset.source(rows).shuffle(seed=int(pool_seed)).repeat(None)
+            for (rows, _), pool_seed in zip(pools, seeds, strict=True)
+        ]
+        cycle = _MixingCycle([share for _, share in pools], length=len(shuffled[0]))
+        own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
+        self._batches = (
+            grain.MapDataset.select_from_datasets(shuffled, cycle)
+            .batch(batch_size, batch_fn=np.array)
+            .map(lambda indices: collate(encoded, indices, eos_id, config.buckets, own))
+        )
 
     def batch_at(self, step: int) -> Batch:
-        """This host's rows of the batch of a step: rows [index * B / count, (index + 1) * B / count) of the global one."""
+        """This host's rows of the batch of a step: of the global batch of B rows, B / process_count in order of the hosts."""
+        return self._batches[operator.index(step)]
 
-    def __iter__(self) -> "BatchIterator": ...
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self._batches, self.fingerprint)
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches from a step on, prefetched in a thread. The state is JSON: {"step": the step of the next batch}."""
+    """Batches from a step on, made ahead in a thread.
 
-    def __next__(self) -> Batch: ...
+    Its state is JSON: the step of the next batch, and a fingerprint of data, configuration, batch size and seed, so that
+    a run is not resumed on other data unnoticed. It is the same on every host.
+    """
 
-    def get_state(self) -> dict[str, int]: ...
+    def __init__(self, batches: grain.MapDataset, fingerprint: str):
+        self._fingerprint = fingerprint
+        self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-    def set_state(self, state: Mapping[str, Any]) -> None: ...
+    def __next__(self) -> Batch:
+        return next(self._iterator)
 
-    def seek(self, step: int) -> None: ...
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._iterator.get_state()["next_index"], "fingerprint": self._fingerprint}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to where get_state was called; ValueError if the data, configuration, batch size or seed are others."""
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"the data at step {state['step']} were others: fingerprint {state['fingerprint']}, now {self._fingerprint}. Resume "
+                "with the row files, data configuration, batch size and seed of the first run, or start in a new folder"
+            )
+        self.seek(state["step"])
+
+    def seek(self, step: int) -> None:
+        """Makes `step` the next batch, at no cost."""
+        self._iterator.set_state({"next_index": operator.index(step)})
 
 
-def make_loader(data: Sequence[str] | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, config: DataConfig, batch_size: int,
-                seed: int, process_index: int = 0, process_count: int = 1) -> Loader:
+def _fingerprint(encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int) -> str:
+    digest = hashlib.sha256(repr((config, eos_id, batch_size, seed)).encode())
+    for array in (encoded.tokens, encoded.offsets, encoded.prompt_lengths, encoded.is_safe, encoded.file_index):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_loader(
+    data: Sequence[str] | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
     """Reads, checks and encodes rows, and serves them as batches.
 
     Args:
@@ -142,3 +388,11 @@ def make_loader(data: Sequence[str] | Sequence[Mapping[str, Any]], tokenizer: To
       seed: of the shuffling; each epoch has its own order.
       process_index, process_count: jax.process_index(), jax.process_count().
     """
+    if isinstance(data, str) or not data:
+        raise ValueError(f"no rows: data={data!r}; give a list of row files, or a list of rows")
+    if isinstance(data[0], Mapping):
+        files = [RowFile("rows", tuple(parse_row(raw, f"rows[{i}]") for i, raw in enumerate(data)))]
+    else:
+        files = [read_rows(path) for path in data]
+    encoded = encode_rows(files, tokenizer, config)
+    return Loader(encoded, config, tokenizer.eos_id, batch_size, seed, process_index, process_count)

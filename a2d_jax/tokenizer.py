@@ -10,12 +10,16 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, normalizers, pre_tokenizers
+from jinja2 import TemplateError
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from a2d_jax.config import ModelConfig, load_config
 
 # How Qwen2 cuts text before byte-level BPE; vocab.json and merges.txt do not carry it (transformers, Qwen2Tokenizer).
 _QWEN2_PATTERN = (
@@ -26,7 +30,7 @@ _MASK_RUN = re.compile(r"<mask:([^<>]*)>")
 
 
 def has_mask_runs(text: str) -> bool:
-    """Whether a text holds `<mask:N>`, so that it is a template to fill."""
+    """Whether a text holds `<mask:N>`, that is, whether it is a template to fill."""
     return _MASK_RUN.search(text) is not None
 
 
@@ -56,10 +60,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Like encode, for many texts at once (in parallel threads)."""
-        return [encoding.ids for encoding in self.hf.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids, spaces as they are; accepts numpy and jax arrays."""
+        """Text of ids, spaces as they are; takes lists and numpy or jax arrays."""
         ids = [int(i) for i in ids]
         return self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
@@ -79,23 +83,227 @@ class Tokenizer:
             raise ValueError(f"a template needs masks to fill, but {text[:80]!r} has none; write <mask:N> for N of them")
         return self.encode(self.expand_mask_runs(text))
 
-    def encode_turns(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Ids of (prompt, response) pairs as the chat template writes them.
+    def encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Ids of (user text, response) pairs as the chat template writes them, each as (prompt ids, response ids).
 
-        The two parts are tokenised apart, so that the prompt has the ids it has when decoding. The response ends with the
-        template's end of turn and [EOS] (once, where they are the same token). A response that the template leaves empty gives [].
+        The two parts are tokenised apart, so that the prompt has the ids that it has when decoding. The response ends with the
+        template's end of turn and [EOS] (once, where they are the same token).
         """
+        rendered = [self.render_turn(user, response) for user, response in turns]
+        prompts = self.encode_batch([prompt for prompt, _ in rendered])
+        responses = self.encode_batch([response for _, response in rendered])
+        return [(prompt, self.end_with_eos(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def end_with_eos(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
 
     def render_prompt(self, user_text: str) -> str:
-        """The chat template's text for one user turn and the start of the assistant's."""
+        """The chat template's text of one user turn and the start of the assistant's."""
+        return self._render([{"role": "user", "content": user_text}], add_generation_prompt=True)
+
+    def render_turn(self, user_text: str, response: str) -> tuple[str, str]:
+        """The chat template's text of one exchange: up to where the response starts, and from there to the end of turn."""
+        prompt = self.render_prompt(user_text)
+        messages = [{"role": "user", "content": user_text}, {"role": "assistant", "content": response}]
+        both = self._render(messages, add_generation_prompt=False)
+        if not both.startswith(prompt):
+            raise ValueError(
+                f"the chat template writes a finished turn ({both[:200]!r}) that does not begin like its prompt "
+                f"({prompt[:200]!r}), so the response cannot be told from it; give a template where the first extends the second"
+            )
+        answer = both[len(prompt) :]
+        if self.eot_id is not None:
+            # Behind the end of turn, templates write a line break or the next header; the response is over there.
+            eot = self.hf.convert_ids_to_tokens(self.eot_id)
+            answer = answer[: answer.rfind(eot) + len(eot)]
+        return prompt, answer
 
     def expand_mask_runs(self, text: str) -> str:
-        """Writes each `<mask:N>` as N mask tokens."""
+        """The text with each `<mask:N>` written as N mask tokens."""
+        if not has_mask_runs(text):
+            return text
+        if self.mask_id is None:
+            raise ValueError(f"{text[:80]!r} asks for masks, but this tokenizer has no mask token; use a masked-diffusion model's")
+        return _MASK_RUN.sub(self._mask_tokens, text)
+
+    def _mask_tokens(self, match: re.Match) -> str:
+        count = match.group(1)
+        if not (count.isascii() and count.isdecimal() and int(count) > 0):
+            raise ValueError(f"{match.group(0)!r} is no run of masks; write <mask:N> with a number N of 1 or more")
+        return self.hf.convert_ids_to_tokens(self.mask_id) * int(count)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not self.hf.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template, so no prompt can be written; add chat_template.jinja (or the key "
+                "'chat_template' of tokenizer_config.json) to its folder, as instruction-tuned checkpoints have"
+            )
+        try:
+            return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not render a user turn with its answer: {error}; correct it") from error
 
 
 def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    If the folder holds a config.json, ids are checked against it: every id must have an embedding row, and the special ids of
-    the config must be tokens. With requires_mask=False a model without a mask token (LLaMA and the like) is accepted.
+    If the folder holds a config.json, the ids are checked against it: every id must have an embedding row, and the special ids
+    of the config, which go before the tokenizer's own, must be tokens.
+
+    Args:
+      folder: a Hugging Face folder; a tokenizer alone (without config.json) will do.
+      requires_mask: False accepts a model without a mask token (LLaMA and the like).
     """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}; give a checkpoint folder on this machine (nothing is downloaded)")
+    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    hf = _build(folder, settings)
+    config = load_config(folder) if (folder / "config.json").is_file() else None
+    tokenizer = _with_special_ids(hf, config, folder)
+    if requires_mask and tokenizer.mask_id is None:
+        raise ValueError(
+            f"{folder}: no mask token; a masked-diffusion model names it as mask_token_id in config.json or as mask_token in "
+            "tokenizer_config.json. Add it there, or give the folder of a LLaDA or Dream model."
+        )
+    return tokenizer
+
+
+def _build(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    if (folder / "tokenizer.json").is_file():
+        backend = _read_tokenizer_json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        backend = _read_qwen2_bpe(folder)
+    else:
+        raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt")
+    # A tokenizer.json holds its added tokens already; then this only confirms their ids.
+    _add_tokens(backend, _added_tokens(folder, settings), folder)
+    names = {name: _text_of(settings[name]) for name in _SPECIAL_NAMES if settings.get(name)}
+    for name, token in names.items():
+        if backend.token_to_id(token) is None:  # transformers would make up a new id for it
+            raise ValueError(
+                f"{folder}: wrong vocabulary for the tokenizer: tokenizer_config.json names {name} {token!r}, which is not in the "
+                "vocabulary; take both from the same checkpoint"
+            )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_chat_template(folder, settings), **names)
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer file ({error}); copy it again from the checkpoint") from error
+    backend.no_truncation()  # a file may carry the settings of its last use
+    backend.no_padding()
+    return backend
+
+
+def _read_qwen2_bpe(folder: Path) -> tokenizers.Tokenizer:
+    try:
+        model = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"{folder}: vocab.json and merges.txt do not fit ({error}); copy both again") from error
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Tokens beside the BPE vocabulary, by id: as tokenizer_config.json lists them, else as the older added_tokens.json does."""
+    if settings.get("added_tokens_decoder"):
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            int(i): AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            for i, token in settings["added_tokens_decoder"].items()
+        }
+    return {i: AddedToken(token, special=True, normalized=False) for token, i in _read_json(folder / "added_tokens.json").items()}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], folder: Path) -> None:
+    for i, token in sorted(added.items()):
+        if backend.token_to_id(token.content) is None:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        elif token.special and token not in backend.get_added_tokens_decoder().values():
+            backend.add_special_tokens([token])  # known to the BPE as a word; keeps its id
+        if backend.token_to_id(token.content) != i:
+            raise ValueError(
+                f"{folder}: wrong vocabulary for the tokenizer: the added token {token.content!r} should have id {i}, but the "
+                f"vocabulary gives it {backend.token_to_id(token.content)}; take all tokenizer files from the same checkpoint"
+            )
+
+
+def _with_special_ids(hf: PreTrainedTokenizerFast, config: ModelConfig | None, folder: Path) -> Tokenizer:
+    vocabulary = hf.get_vocab()
+    tokens = {i: token for token, i in vocabulary.items()}
+    if config is not None and max(tokens) >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: wrong vocabulary for the tokenizer: its largest id is {max(tokens)} ({tokens[max(tokens)]!r}), but the model "
+            f"has {config.vocab_size} embedding rows (config.json); take the tokenizer of the same checkpoint"
+        )
+
+    def special_id(name: str) -> int | None:
+        of_config = None if config is None else getattr(config, f"{name}_id")
+        if of_config is not None and of_config not in tokens:
+            raise ValueError(
+                f"{folder}: wrong vocabulary for the tokenizer: config.json has {name}_token_id {of_config}, but the tokenizer's ids "
+                f"end at {max(tokens)}; take the tokenizer of the same checkpoint"
+            )
+        own = vocabulary.get(getattr(hf, f"{name}_token"))
+        if name == "mask" and None not in (own, of_config) and own != of_config:
+            raise ValueError(
+                f"{folder}: wrong vocabulary for the tokenizer: config.json has mask_token_id {of_config} ({tokens[of_config]!r}), "
+                f"tokenizer_config.json has mask_token {tokens[own]!r} with id {own}; take both from the same checkpoint"
+            )
+        return own if of_config is None else of_config
+
+    mask_id, eos_id, pad_id = special_id("mask"), special_id("eos"), special_id("pad")
+    if eos_id is None:
+        raise ValueError(f"{folder}: no [EOS]; name it as eos_token in tokenizer_config.json or as eos_token_id in config.json")
+    # Qwen2's and Dream's configs repeat another token as bos_token_id; the tokenizer's own goes first.
+    bos_id = vocabulary.get(hf.bos_token) if hf.bos_token else special_id("bos")
+    tokenizer = Tokenizer(hf, eos_id, eos_id if pad_id is None else pad_id, bos_id, mask_id, eot_id=None)
+    if mask_id is not None and tokenizer.encode(tokens[mask_id] * 2) != [mask_id] * 2:
+        raise ValueError(
+            f"{folder}: wrong vocabulary for the tokenizer: the mask id {mask_id} is {tokens[mask_id]!r}, which is no special token "
+            "there; take config.json and the tokenizer of the same checkpoint"
+        )
+    return dataclasses.replace(tokenizer, eot_id=_end_of_turn(tokenizer) if hf.chat_template else None)
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The first special token that the chat template writes behind the assistant's text."""
+    _, tail = tokenizer.render_turn("question", "answer")
+    special = tokenizer.hf.added_tokens_decoder
+    ids = tokenizer.encode(tail.partition("answer")[2])
+    return next((i for i in ids if i in special and special[i].special), None)
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _text_of(token: str | Mapping[str, Any]) -> str:
+    """A token as configs write it: its text, or an object with its text."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy it again from the checkpoint") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object, not a {type(content).__name__}; copy it again from the checkpoint")
+    return content

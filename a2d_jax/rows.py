@@ -1,0 +1,133 @@
+"""Training rows from JSON lines, Parquet or a prepared TFDS folder, checked against the schema.
+
+A row is BeaverTails' {"prompt": str, "response": str, "is_safe": bool, "category": {name: bool} (optional)}, or a plain
+document {"text": str}. Other keys are ignored. Errors name the file and the line (or row) and what to do.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One training row: a prompt with its response, or a document (then `text` is set, and prompt and response are None).
+
+    is_safe False marks a harmful response, whose masked positions are to become [EOS]; documents are safe.
+    """
+
+    where: str  # "file:line", for messages
+    prompt: str | None = None
+    response: str | None = None
+    text: str | None = None
+    is_safe: bool = True
+    category: Mapping[str, bool] | None = None
+
+    @property
+    def is_document(self) -> bool:
+        return self.text is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """The rows of one source, in its order."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def parse_row(raw: Any, where: str) -> Row:
+    """Checks one row as read from a file; ValueError says where it is and what is wrong."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}: a row must be an object with keys, not {type(raw).__name__}")
+    raw = {key: value for key, value in raw.items() if value is not None}  # Parquet has null where JSON has no key
+    if "text" in raw:
+        return _parse_document(raw, where)
+    missing = [key for key in ("prompt", "response", "is_safe") if key not in raw]
+    if missing:
+        raise ValueError(
+            f"{where}: missing key {', '.join(map(repr, missing))} (given: {sorted(raw)}); a row needs 'prompt', 'response' and "
+            "'is_safe', or is a document with 'text'"
+        )
+    for key, kind in (("prompt", str), ("response", str), ("is_safe", bool)):
+        if not isinstance(raw[key], kind):
+            raise ValueError(f"{where}: {key!r} must be a {kind.__name__}, not {type(raw[key]).__name__} ({raw[key]!r})")
+    if not raw["response"].strip():
+        raise ValueError(f"{where}: the response is empty, so there is nothing to learn; write one or remove the row")
+    return Row(where, raw["prompt"], raw["response"], is_safe=raw["is_safe"], category=_parse_category(raw, where))
+
+
+def _parse_document(raw: Mapping[str, Any], where: str) -> Row:
+    both = [key for key in ("prompt", "response") if key in raw]
+    if both:
+        raise ValueError(f"{where}: has 'text' and {both}; a row is either a document or a prompt with its response")
+    if not isinstance(raw["text"], str):
+        raise ValueError(f"{where}: 'text' must be a str, not {type(raw['text']).__name__} ({raw['text']!r})")
+    if not raw["text"].strip():
+        raise ValueError(f"{where}: the text is empty, so there is nothing to learn; write one or remove the row")
+    if raw.get("is_safe", True) is not True:
+        raise ValueError(f"{where}: a document has no harmful response, but is_safe is {raw['is_safe']!r}; give it as a prompt and response")
+    return Row(where, text=raw["text"])
+
+
+def _parse_category(raw: Mapping[str, Any], where: str) -> Mapping[str, bool] | None:
+    category = raw.get("category")
+    if category is None:
+        return None
+    if not isinstance(category, Mapping) or not all(isinstance(value, bool) for value in category.values()):
+        raise ValueError(f"{where}: 'category' must map names to true or false, not {category!r}; or leave it out")
+    return dict(category)
+
+
+def read_rows(path: str | os.PathLike) -> RowFile:
+    """All rows of a .jsonl file, a .parquet file, or a folder that a2d_jax.safety_rows wrote."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        raw_rows = _read_tfds_folder(path)
+    elif not os.path.isfile(path):
+        raise ValueError(f"no rows at {path!r}; give a .jsonl file, a .parquet file, or a folder written by a2d_jax.safety_rows")
+    elif path.endswith(".jsonl"):
+        raw_rows = _read_json_lines(path)
+    elif path.endswith(".parquet"):
+        raw_rows = _read_parquet(path)
+    else:
+        raise ValueError(f"cannot tell the format of {path!r}; rename it to end in .jsonl (one JSON object a line) or .parquet")
+    rows = tuple(parse_row(raw, where) for raw, where in raw_rows)
+    if not rows:
+        raise ValueError(f"{path}: holds no rows; give a file with one at least")
+    return RowFile(path, rows)
+
+
+def _read_json_lines(path: str) -> Iterator[tuple[Any, str]]:
+    with open(path, "rb") as file:  # bytes, so that a line of broken UTF-8 can be named too
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode("utf-8")), f"{path}:{number}"
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+                raise ValueError(f"{path}:{number}: not a line of JSON ({error}); correct or remove that line") from error
+
+
+def _read_parquet(path: str) -> Iterator[tuple[Any, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for raw in batch.to_pylist():
+                    yield raw, f"{path}: row {number}"
+                    number += 1
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error}); write it again from its source") from error
+
+
+def _read_tfds_folder(path: str) -> Iterator[tuple[Any, str]]:
+    from a2d_jax import safety_rows
+
+    for number, raw in enumerate(safety_rows.read_prepared(path)):
+        yield raw, f"{path}: row {number}"
