@@ -1,12 +1,12 @@
 """Rows to training batches: chat template, truncation, mixing, deterministic resumable iteration, bucket padding.
 
-A row becomes tokens once, on the host, when the loader is built; afterwards a batch is index arithmetic and a copy, so any step
-can be read at any time: seeking, resuming and splitting over hosts cost nothing.
+A row becomes tokens once, on the host, when the loader is built; afterwards a batch is index arithmetic and a copy, so
+any step can be read at any time: seeking, resuming and splitting over hosts cost nothing.
 
 Padding follows the definition of the loss, whose value depends on the longest row of the batch:
   1. every row is right-padded with [EOS] up to the longest row of the *global* batch; that padding is response;
-  2. the batch is then padded up to the next bucket length, so that XLA compiles one program per bucket; those columns are
-     nothing: `attention_mask` and `is_response` are False there, and the loss equals the one at the longest row's length.
+  2. the batch is then padded up to the next bucket length, so that XLA compiles one program per bucket; those columns
+     are nothing: `attention_mask` and `is_response` are False there, so the loss is that of the longest row's length.
 """
 
 import dataclasses
@@ -27,16 +27,12 @@ _MAX_CYCLE = 10_000  # draws after which the mixing of pools repeats, at most
 
 
 class Batch(NamedTuple):
-    """One host's rows of a batch, numpy arrays; T is one of the loader's buckets.
+    """One host's rows of a batch; T is one of the loader's buckets."""
 
-    tokens: (B, T) int32. is_response: (B, T) bool, positions that may be masked ([EOS] padding up to the longest row included).
-    attention_mask: (B, T) bool, False only in the columns added to reach the bucket. is_safe: (B,) bool, False = harmful row.
-    """
-
-    tokens: np.ndarray
-    is_response: np.ndarray
-    attention_mask: np.ndarray
-    is_safe: np.ndarray
+    tokens: np.ndarray  # (B, T) int32
+    is_response: np.ndarray  # (B, T) bool, may be masked; includes the [EOS] padding up to the longest row
+    attention_mask: np.ndarray  # (B, T) bool, False only in the columns added to reach the bucket
+    is_safe: np.ndarray  # (B,) bool, False for a harmful row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +68,20 @@ class DataConfig:
         if self.on_long_prompt not in ("error", "drop"):
             raise ValueError(f"on_long_prompt={self.on_long_prompt!r} is not known; use 'error' or 'drop'")
         if self.weights is not None and not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights={self.weights} must all be above 0; leave a file out instead of giving it weight 0")
+            raise ValueError(f"weights={self.weights} must be above 0; leave a file out instead of giving it weight 0")
         if self.harmful_share is not None and not 0 < self.harmful_share < 1:
-            raise ValueError(f"harmful_share={self.harmful_share} must lie between 0 and 1; use None to take rows as they come")
+            raise ValueError(
+                f"harmful_share={self.harmful_share} must lie between 0 and 1; use None to take rows as they come"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncationReport:
-    """What did not fit: cut rows keep a shorter response (or text); dropped rows are left out, their prompt being too long."""
+    """What did not fit into row_length."""
 
-    num_cut: int
+    num_cut: int  # rows that keep a shorter response or text
     num_tokens_cut: int
-    num_dropped: int
+    num_dropped: int  # rows left out for a long prompt
     examples: tuple[str, ...]  # where the first of them are: "file:line"
 
     def __str__(self) -> str:
@@ -116,7 +114,7 @@ class DataSummary:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRows:
-    """All rows as flat arrays. Row i is tokens[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] tokens are the prompt."""
+    """All rows as flat arrays: row i is tokens[offsets[i] : offsets[i + 1]], prompt first."""
 
     tokens: np.ndarray  # (sum of lengths,) int32
     offsets: np.ndarray  # (N + 1,) int64
@@ -141,9 +139,9 @@ def encode_rows(files: Sequence[RowFile], tokenizer: Tokenizer, config: DataConf
     if too_long and config.on_long_prompt == "error":
         needed = max(len(encoded[i][0]) for i in too_long) + config.min_response
         raise ValueError(
-            f"{len(too_long)} prompts are longer than the row: they leave fewer than min_response={config.min_response} of "
-            f"row_length={config.row_length} tokens; first: {_places(rows, too_long)}. Use row_length={needed}, or "
-            "on_long_prompt='drop' to leave these rows out"
+            f"{len(too_long)} prompts are longer than the row: they leave fewer than "
+            f"min_response={config.min_response} of row_length={config.row_length} tokens; first: "
+            f"{_places(rows, too_long)}. Use row_length={needed}, or on_long_prompt='drop' to leave these rows out"
         )
     dropped = set(too_long)
     kept = [i for i in range(len(rows)) if i not in dropped]
@@ -174,7 +172,7 @@ def encode_rows(files: Sequence[RowFile], tokenizer: Tokenizer, config: DataConf
         ),
     )
     return EncodedRows(
-        tokens=np.concatenate([np.array(part, np.int32) for row in zip(prompts, responses, strict=True) for part in row]),
+        tokens=np.concatenate([np.array(p + r, np.int32) for p, r in zip(prompts, responses, strict=True)]),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
         is_safe=is_safe,
@@ -190,13 +188,13 @@ def _tokenize(rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[list[int]
     return [([], tokenizer.end_with_eos(next(documents))) if row.is_document else next(turns) for row in rows]
 
 
-def _check_no_masks(rows: Sequence[Row], encoded: Sequence[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> None:
+def _check_no_masks(rows: Sequence[Row], encoded: list[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> None:
     # A mask id in a response would be a position to predict without a target. In a prompt it is what DIJA sends.
     bad = [i for i, (_, response) in enumerate(encoded) if tokenizer.mask_id in response]
     if bad:
         raise ValueError(
-            f"{len(bad)} responses or texts hold the mask token itself, which has no target; first: {_places(rows, bad)}. "
-            "Write out what should be learned there, or remove those rows"
+            f"{len(bad)} responses or texts hold the mask token itself, which has no target; first: "
+            f"{_places(rows, bad)}. Write out what should be learned there, or remove those rows"
         )
 
 
@@ -204,7 +202,9 @@ def _places(rows: Sequence[Row], indices: Sequence[int]) -> str:
     return ", ".join(rows[i].where for i in indices[:_NUM_EXAMPLES])
 
 
-def collate(encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Sequence[int], rows: slice = slice(None)) -> Batch:
+def collate(
+    encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Sequence[int], rows: slice | None = None
+) -> Batch:
     """One batch of rows, padded as the module says.
 
     Args:
@@ -212,13 +212,14 @@ def collate(encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Seq
       indices: rows of the global batch; they decide its length.
       eos_id: [EOS], the padding.
       buckets: batch lengths, growing.
-      rows: which rows of the batch to build (a host's own).
+      rows: which rows of the batch to build (a host's own); None for all.
     """
     lengths = encoded.lengths[indices]
     longest = int(lengths.max())
     bucket = next(length for length in buckets if length >= longest)
 
-    indices, lengths = indices[rows], lengths[rows]
+    if rows is not None:
+        indices, lengths = indices[rows], lengths[rows]
     columns = np.arange(bucket)
     is_own = columns < lengths[:, None]  # (B, T)
     tokens = np.full(is_own.shape, eos_id, np.int32)
@@ -229,10 +230,10 @@ def collate(encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Seq
 
 
 class _MixingCycle:
-    """Which pool each draw takes, and the how-manieth of that pool: exact shares in every cycle, spread evenly within it.
+    """Which pool each draw takes, and the how-manieth of that pool; shares are exact in every cycle of draws.
 
-    The length of the cycle is the smallest that gives each share a whole number of draws; where _MAX_CYCLE draws are too few
-    for that, shares are rounded to that many. The interface is that of Grain's `select_from_datasets`.
+    The length of the cycle is the smallest that gives each share a whole number of draws; where _MAX_CYCLE draws are
+    too few for that, shares are rounded to that many. The interface is that of Grain's `select_from_datasets`.
     """
 
     def __init__(self, shares: Sequence[float], length: int):
@@ -241,8 +242,8 @@ class _MixingCycle:
         is_whole = np.all(np.abs(shares * lengths - np.round(shares * lengths)) < 1e-6, axis=1)
         cycle = int(np.argmax(is_whole)) + 1 if is_whole.any() else _MAX_CYCLE
         self._counts = np.maximum(1, np.round(shares * cycle).astype(int))
-        slots = [((turn + 0.5) / count, pool, turn) for pool, count in enumerate(self._counts) for turn in range(count)]
-        self._slots = [(pool, turn) for _, pool, turn in sorted(slots)]
+        slots = [((turn + 0.5) / n, pool, turn) for pool, n in enumerate(self._counts) for turn in range(n)]
+        self._slots = [(pool, turn) for _, pool, turn in sorted(slots)]  # evenly spread over the cycle
         self._length = length
 
     def __len__(self) -> int:
@@ -258,14 +259,17 @@ def _pools(encoded: EncodedRows, config: DataConfig) -> list[tuple[np.ndarray, f
     """Row numbers to shuffle together, and the share of draws that they get."""
     names = [name for name, _ in encoded.summary.rows_per_file]
     if config.weights is not None and len(config.weights) != len(names):
-        raise ValueError(f"{len(config.weights)} weights {config.weights} for {len(names)} files {names}; give one a file")
+        raise ValueError(
+            f"{len(config.weights)} weights {config.weights} for {len(names)} files {names}; give one a file"
+        )
     kinds = [(np.ones_like(encoded.is_safe), 1.0)]
     if config.harmful_share is not None:
         kinds = [(~encoded.is_safe, config.harmful_share), (encoded.is_safe, 1 - config.harmful_share)]
         if encoded.is_safe.all() or not encoded.is_safe.any():
             raise ValueError(
-                f"harmful_share={config.harmful_share} needs harmful and retain rows, but there are {encoded.summary.num_harmful} "
-                f"harmful and {encoded.summary.num_retain} retain ones in {names}; add rows or set harmful_share to None"
+                f"harmful_share={config.harmful_share} needs harmful and retain rows, but there are "
+                f"{encoded.summary.num_harmful} harmful and {encoded.summary.num_retain} retain ones in {names}; add "
+                "rows or set harmful_share to None"
             )
     if config.weights is None:
         return [(np.flatnonzero(is_kind), share) for is_kind, share in kinds]
@@ -275,7 +279,7 @@ def _pools(encoded: EncodedRows, config: DataConfig) -> list[tuple[np.ndarray, f
             raise ValueError(f"{name} has weight {config.weights[index]}, but no row of it fits; leave the file out")
     pools = []
     for is_kind, share in kinds:
-        cells = [(np.flatnonzero(is_kind & (encoded.file_index == i)), weight) for i, weight in enumerate(config.weights)]
+        cells = [(np.flatnonzero(is_kind & (encoded.file_index == i)), w) for i, w in enumerate(config.weights)]
         cells = [(rows, weight) for rows, weight in cells if len(rows)]
         total = sum(weight for _, weight in cells)
         pools += [(rows, share * weight / total) for rows, weight in cells]
@@ -285,11 +289,15 @@ def _pools(encoded: EncodedRows, config: DataConfig) -> list[tuple[np.ndarray, f
 class Loader:
     """Endless batches over encoded rows, by step number. Iterating it starts at step 0.
 
-    Each pool of rows (a file, where files have weights; harmful and retain rows, where their share is set; else all rows) is
-    passed through whole, in a new order each epoch. Batches run across the ends of epochs: no row is left over.
+    Each pool of rows (a file, where files have weights; harmful and retain rows, where their share is set; else all
+    rows) is passed through whole, in a new order each epoch. Batches run across the ends of epochs: no row is left
+    over.
 
     Attributes:
-      buckets: the batch lengths that can occur. summary: the data in numbers. steps_per_epoch: rows / global batch, rounded up.
+      buckets: the batch lengths that can occur.
+      summary: the data in numbers.
+      steps_per_epoch: rows / global batch, rounded up.
+      fingerprint: of rows, configuration, batch size and seed; two loaders with the same one give the same batches.
     """
 
     def __init__(
@@ -298,7 +306,7 @@ class Loader:
     ):  # fmt: skip
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(
-                f"batch_size={batch_size} cannot be split evenly over {process_count} hosts; use a multiple of {process_count}"
+                f"batch_size={batch_size} cannot be split evenly over {process_count} hosts; use a multiple of that"
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} must be one of 0..{process_count - 1}")
@@ -323,7 +331,7 @@ class Loader:
         )
 
     def batch_at(self, step: int) -> Batch:
-        """This host's rows of the batch of a step: of the global batch of B rows, B / process_count in order of the hosts."""
+        """This host's rows of a step's batch; the hosts' rows in order make up the global batch."""
         return self._batches[operator.index(step)]
 
     def __iter__(self) -> "BatchIterator":
@@ -333,8 +341,8 @@ class Loader:
 class BatchIterator(Iterator[Batch]):
     """Batches from a step on, made ahead in a thread.
 
-    Its state is JSON: the step of the next batch, and a fingerprint of data, configuration, batch size and seed, so that
-    a run is not resumed on other data unnoticed. It is the same on every host.
+    Its state is JSON: the step of the next batch, and a fingerprint of data, configuration, batch size and seed, so
+    that a run is not resumed on other data unnoticed. It is the same on every host.
     """
 
     def __init__(self, batches: grain.MapDataset, fingerprint: str):
@@ -351,8 +359,9 @@ class BatchIterator(Iterator[Batch]):
         """Goes to where get_state was called; ValueError if the data, configuration, batch size or seed are others."""
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"the data at step {state['step']} were others: fingerprint {state['fingerprint']}, now {self._fingerprint}. Resume "
-                "with the row files, data configuration, batch size and seed of the first run, or start in a new folder"
+                f"the data at step {state['step']} were others: fingerprint {state['fingerprint']}, now "
+                f"{self._fingerprint}. Resume with the row files, data configuration, batch size and seed of the first "
+                "run, or start in a new folder"
             )
         self.seek(state["step"])
 

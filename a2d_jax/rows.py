@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training row: a prompt with its response, or a document (then `text` is set, and prompt and response are None).
+    """One training row: a prompt with its response, or a document (only `text` is set).
 
     is_safe False marks a harmful response, whose masked positions are to become [EOS]; documents are safe.
     """
@@ -48,12 +48,12 @@ def parse_row(raw: Any, where: str) -> Row:
     missing = [key for key in ("prompt", "response", "is_safe") if key not in raw]
     if missing:
         raise ValueError(
-            f"{where}: missing key {', '.join(map(repr, missing))} (given: {sorted(raw)}); a row needs 'prompt', 'response' and "
-            "'is_safe', or is a document with 'text'"
+            f"{where}: missing key {', '.join(map(repr, missing))} (given: {sorted(raw)}); a row needs 'prompt', "
+            "'response' and 'is_safe', or is a document with 'text'"
         )
     for key, kind in (("prompt", str), ("response", str), ("is_safe", bool)):
         if not isinstance(raw[key], kind):
-            raise ValueError(f"{where}: {key!r} must be a {kind.__name__}, not {type(raw[key]).__name__} ({raw[key]!r})")
+            raise _wrong_type(raw, key, kind, where)
     if not raw["response"].strip():
         raise ValueError(f"{where}: the response is empty, so there is nothing to learn; write one or remove the row")
     return Row(where, raw["prompt"], raw["response"], is_safe=raw["is_safe"], category=_parse_category(raw, where))
@@ -64,12 +64,17 @@ def _parse_document(raw: Mapping[str, Any], where: str) -> Row:
     if both:
         raise ValueError(f"{where}: has 'text' and {both}; a row is either a document or a prompt with its response")
     if not isinstance(raw["text"], str):
-        raise ValueError(f"{where}: 'text' must be a str, not {type(raw['text']).__name__} ({raw['text']!r})")
+        raise _wrong_type(raw, "text", str, where)
     if not raw["text"].strip():
         raise ValueError(f"{where}: the text is empty, so there is nothing to learn; write one or remove the row")
     if raw.get("is_safe", True) is not True:
-        raise ValueError(f"{where}: a document has no harmful response, but is_safe is {raw['is_safe']!r}; give it as a prompt and response")
+        raise ValueError(f"{where}: is_safe is {raw['is_safe']!r} in a document; give 'prompt' and 'response' instead")
     return Row(where, text=raw["text"])
+
+
+def _wrong_type(raw: Mapping[str, Any], key: str, kind: type, where: str) -> ValueError:
+    given = f"{type(raw[key]).__name__} ({raw[key]!r})"
+    return ValueError(f"{where}: {key!r} must be a {kind.__name__}, not {given}; correct the row")
 
 
 def _parse_category(raw: Mapping[str, Any], where: str) -> Mapping[str, bool] | None:
@@ -87,13 +92,13 @@ def read_rows(path: str | os.PathLike) -> RowFile:
     if os.path.isdir(path):
         raw_rows = _read_tfds_folder(path)
     elif not os.path.isfile(path):
-        raise ValueError(f"no rows at {path!r}; give a .jsonl file, a .parquet file, or a folder written by a2d_jax.safety_rows")
+        raise ValueError(f"no rows at {path!r}; give a .jsonl or .parquet file or a folder of a2d_jax.safety_rows")
     elif path.endswith(".jsonl"):
         raw_rows = _read_json_lines(path)
     elif path.endswith(".parquet"):
         raw_rows = _read_parquet(path)
     else:
-        raise ValueError(f"cannot tell the format of {path!r}; rename it to end in .jsonl (one JSON object a line) or .parquet")
+        raise ValueError(f"unknown format of {path!r}; give .jsonl (one JSON object a line) or .parquet")
     rows = tuple(parse_row(raw, where) for raw, where in raw_rows)
     if not rows:
         raise ValueError(f"{path}: holds no rows; give a file with one at least")
@@ -108,7 +113,7 @@ def _read_json_lines(path: str) -> Iterator[tuple[Any, str]]:
             try:
                 yield json.loads(line.decode("utf-8")), f"{path}:{number}"
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-                raise ValueError(f"{path}:{number}: not a line of JSON ({error}); correct or remove that line") from error
+                raise ValueError(f"{path}:{number}: not a line of JSON ({error}); correct or remove it") from error
 
 
 def _read_parquet(path: str) -> Iterator[tuple[Any, str]]:

@@ -2,8 +2,8 @@
 
     python -m a2d_jax.safety_rows --files train.jsonl,more.parquet --data_dir DIR
 
-prints the folder that it wrote; that folder is a data file for training like any other. The records are array_record files,
-the format of TFDS that needs neither TensorFlow to write nor to read (importlib_resources must be installed).
+prints the folder that it wrote; that folder is a data file for training like any other. The records are array_record
+files, the format of TFDS that needs neither TensorFlow to write nor to read (importlib_resources must be installed).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from a2d_jax.rows import Row, read_rows
 
 @dataclasses.dataclass(eq=False)
 class SafetyRowsConfig(tfds.core.BuilderConfig):
-    """Which files a data set is made of; its name carries a fingerprint of their bytes, so that a changed file is a new set."""
+    """Which files a data set is made of; the name carries a fingerprint of their bytes: a changed file is a new set."""
 
     files: tuple[str, ...] = ()
 
@@ -97,7 +97,7 @@ def prepare(files: Sequence[str | os.PathLike], data_dir: str | os.PathLike) -> 
 def read_prepared(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Rows as dicts, in order, of a folder that `prepare` wrote."""
     if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
-        raise ValueError(f"{os.fspath(folder)!r} is no prepared data set; give the folder that a2d_jax.safety_rows printed")
+        raise ValueError(f"{os.fspath(folder)!r} is no prepared data set; give the folder a2d_jax.safety_rows printed")
     source = tfds.builder_from_directory(os.fspath(folder)).as_data_source("train")
     return (_from_example(source[i]) for i in range(len(source)))
 

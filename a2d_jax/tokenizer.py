@@ -1,8 +1,8 @@
 """Tokenizer of a Hugging Face checkpoint folder, read from its data files only: no network, no code of the checkpoint.
 
-Reads `tokenizer.json` (LLaDA, LLaMA, Mistral, Qwen2, SmolLM2) or `vocab.json` + `merges.txt` (Dream: Qwen2's byte-level BPE
-plus its own special tokens), with `tokenizer_config.json` and `chat_template.jinja`. Special ids come from `config.json` and
-those files, never from constants; the end of a turn is read off the rendered chat template.
+Reads `tokenizer.json` (LLaDA, LLaMA, Mistral, Qwen2, SmolLM2) or `vocab.json` + `merges.txt` (Dream: Qwen2's
+byte-level BPE plus its own special tokens), with `tokenizer_config.json` and `chat_template.jinja`. Special ids come
+from `config.json` and those files, never from constants; the end of a turn is read off the rendered chat template.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def has_mask_runs(text: str) -> bool:
 class Tokenizer:
     """A checkpoint's tokenizer and its special ids.
 
-    eot_id is the token with which the chat template ends the assistant's turn (None without a template; it may equal eos_id).
-    `<mask:N>` in a text stands for N mask ids where a method says so.
+    eot_id is the token with which the chat template ends the assistant's turn (None without a template; it may equal
+    eos_id). `<mask:N>` in a text stands for N mask ids where a method says so.
     """
 
     hf: PreTrainedTokenizerFast
@@ -60,7 +60,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Like encode, for many texts at once (in parallel threads)."""
-        return [encoding.ids for encoding in self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, spaces as they are; takes lists and numpy or jax arrays."""
@@ -80,16 +81,16 @@ class Tokenizer:
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text outside the chat template, each `<mask:N>` as N mask ids; it must hold one at least."""
         if not has_mask_runs(text):
-            raise ValueError(f"a template needs masks to fill, but {text[:80]!r} has none; write <mask:N> for N of them")
+            raise ValueError(f"a template needs masks, but {text[:80]!r} has none; write <mask:N> for N of them")
         return self.encode(self.expand_mask_runs(text))
 
     def encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Ids of (user text, response) pairs as the chat template writes them, each as (prompt ids, response ids).
 
-        The two parts are tokenised apart, so that the prompt has the ids that it has when decoding. The response ends with the
-        template's end of turn and [EOS] (once, where they are the same token).
+        The two parts are tokenised apart, so that the prompt has the ids that it has when decoding. The response ends
+        with the template's end of turn and [EOS] (once, where they are the same token).
         """
-        rendered = [self.render_turn(user, response) for user, response in turns]
+        rendered = [self.split_exchange(user, response) for user, response in turns]
         prompts = self.encode_batch([prompt for prompt, _ in rendered])
         responses = self.encode_batch([response for _, response in rendered])
         return [(prompt, self.end_with_eos(response)) for prompt, response in zip(prompts, responses, strict=True)]
@@ -101,15 +102,20 @@ class Tokenizer:
         """The chat template's text of one user turn and the start of the assistant's."""
         return self._render([{"role": "user", "content": user_text}], add_generation_prompt=True)
 
-    def render_turn(self, user_text: str, response: str) -> tuple[str, str]:
-        """The chat template's text of one exchange: up to where the response starts, and from there to the end of turn."""
-        prompt = self.render_prompt(user_text)
+    def render_exchange(self, user_text: str, response: str) -> str:
+        """The chat template's text of a user turn and its answer."""
         messages = [{"role": "user", "content": user_text}, {"role": "assistant", "content": response}]
-        both = self._render(messages, add_generation_prompt=False)
+        return self._render(messages, add_generation_prompt=False)
+
+    def split_exchange(self, user_text: str, response: str) -> tuple[str, str]:
+        """The same text in two parts: the prompt as decoding has it, and the response with its end of turn."""
+        prompt = self.render_prompt(user_text)
+        both = self.render_exchange(user_text, response)
         if not both.startswith(prompt):
             raise ValueError(
                 f"the chat template writes a finished turn ({both[:200]!r}) that does not begin like its prompt "
-                f"({prompt[:200]!r}), so the response cannot be told from it; give a template where the first extends the second"
+                f"({prompt[:200]!r}), so the response cannot be told from it; give a template where the first extends "
+                "the second"
             )
         answer = both[len(prompt) :]
         if self.eot_id is not None:
@@ -123,7 +129,7 @@ class Tokenizer:
         if not has_mask_runs(text):
             return text
         if self.mask_id is None:
-            raise ValueError(f"{text[:80]!r} asks for masks, but this tokenizer has no mask token; use a masked-diffusion model's")
+            raise ValueError(f"{text[:80]!r} asks for masks, but this model has none; use a masked-diffusion model")
         return _MASK_RUN.sub(self._mask_tokens, text)
 
     def _mask_tokens(self, match: re.Match) -> str:
@@ -141,14 +147,14 @@ class Tokenizer:
         try:
             return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
-            raise ValueError(f"the chat template does not render a user turn with its answer: {error}; correct it") from error
+            raise ValueError(f"the chat template renders no user turn with its answer ({error}); correct it") from error
 
 
 def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    If the folder holds a config.json, the ids are checked against it: every id must have an embedding row, and the special ids
-    of the config, which go before the tokenizer's own, must be tokens.
+    If the folder holds a config.json, the ids are checked against it: every id must have an embedding row, and the
+    special ids of the config, which go before the tokenizer's own, must be tokens.
 
     Args:
       folder: a Hugging Face folder; a tokenizer alone (without config.json) will do.
@@ -163,8 +169,8 @@ def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tok
     tokenizer = _with_special_ids(hf, config, folder)
     if requires_mask and tokenizer.mask_id is None:
         raise ValueError(
-            f"{folder}: no mask token; a masked-diffusion model names it as mask_token_id in config.json or as mask_token in "
-            "tokenizer_config.json. Add it there, or give the folder of a LLaDA or Dream model."
+            f"{folder}: no mask token; a masked-diffusion model names it as mask_token_id in config.json or as "
+            "mask_token in tokenizer_config.json. Add it there, or give the folder of a LLaDA or Dream model."
         )
     return tokenizer
 
@@ -182,8 +188,8 @@ def _build(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast
     for name, token in names.items():
         if backend.token_to_id(token) is None:  # transformers would make up a new id for it
             raise ValueError(
-                f"{folder}: wrong vocabulary for the tokenizer: tokenizer_config.json names {name} {token!r}, which is not in the "
-                "vocabulary; take both from the same checkpoint"
+                f"{folder}: wrong vocabulary for the tokenizer: tokenizer_config.json names {name} {token!r}, which is "
+                "not in the vocabulary; take both from the same checkpoint"
             )
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_chat_template(folder, settings), **names)
 
@@ -213,26 +219,27 @@ def _read_qwen2_bpe(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Tokens beside the BPE vocabulary, by id: as tokenizer_config.json lists them, else as the older added_tokens.json does."""
+    """Tokens beside the BPE vocabulary, by id: from tokenizer_config.json, else from the older added_tokens.json."""
     if settings.get("added_tokens_decoder"):
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         return {
             int(i): AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
             for i, token in settings["added_tokens_decoder"].items()
         }
-    return {i: AddedToken(token, special=True, normalized=False) for token, i in _read_json(folder / "added_tokens.json").items()}
+    older = _read_json(folder / "added_tokens.json")
+    return {i: AddedToken(token, special=True, normalized=False) for token, i in older.items()}
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], folder: Path) -> None:
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for i, token in sorted(added.items()):
-        if backend.token_to_id(token.content) is None:
+        if token.content not in known:  # one that the BPE has as a word keeps its id
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        elif token.special and token not in backend.get_added_tokens_decoder().values():
-            backend.add_special_tokens([token])  # known to the BPE as a word; keeps its id
         if backend.token_to_id(token.content) != i:
             raise ValueError(
-                f"{folder}: wrong vocabulary for the tokenizer: the added token {token.content!r} should have id {i}, but the "
-                f"vocabulary gives it {backend.token_to_id(token.content)}; take all tokenizer files from the same checkpoint"
+                f"{folder}: wrong vocabulary for the tokenizer: the added token {token.content!r} should have id {i}, "
+                f"but the vocabulary gives it {backend.token_to_id(token.content)}; take all tokenizer files from the "
+                "same checkpoint"
             )
 
 
@@ -241,44 +248,45 @@ def _with_special_ids(hf: PreTrainedTokenizerFast, config: ModelConfig | None, f
     tokens = {i: token for token, i in vocabulary.items()}
     if config is not None and max(tokens) >= config.vocab_size:
         raise ValueError(
-            f"{folder}: wrong vocabulary for the tokenizer: its largest id is {max(tokens)} ({tokens[max(tokens)]!r}), but the model "
-            f"has {config.vocab_size} embedding rows (config.json); take the tokenizer of the same checkpoint"
+            f"{folder}: wrong vocabulary for the tokenizer: its largest id is {max(tokens)} ({tokens[max(tokens)]!r}), "
+            f"but the model has {config.vocab_size} embedding rows (config.json); take the tokenizer of the same "
+            "checkpoint"
         )
 
     def special_id(name: str) -> int | None:
         of_config = None if config is None else getattr(config, f"{name}_id")
         if of_config is not None and of_config not in tokens:
             raise ValueError(
-                f"{folder}: wrong vocabulary for the tokenizer: config.json has {name}_token_id {of_config}, but the tokenizer's ids "
-                f"end at {max(tokens)}; take the tokenizer of the same checkpoint"
+                f"{folder}: wrong vocabulary for the tokenizer: config.json has {name}_token_id {of_config}, but the "
+                f"tokenizer's ids end at {max(tokens)}; take the tokenizer of the same checkpoint"
             )
         own = vocabulary.get(getattr(hf, f"{name}_token"))
         if name == "mask" and None not in (own, of_config) and own != of_config:
             raise ValueError(
-                f"{folder}: wrong vocabulary for the tokenizer: config.json has mask_token_id {of_config} ({tokens[of_config]!r}), "
-                f"tokenizer_config.json has mask_token {tokens[own]!r} with id {own}; take both from the same checkpoint"
+                f"{folder}: wrong vocabulary for the tokenizer: config.json has mask_token_id {of_config} "
+                f"({tokens[of_config]!r}), tokenizer_config.json has mask_token {tokens[own]!r} with id {own}; take "
+                "both from the same checkpoint"
             )
         return own if of_config is None else of_config
 
     mask_id, eos_id, pad_id = special_id("mask"), special_id("eos"), special_id("pad")
     if eos_id is None:
-        raise ValueError(f"{folder}: no [EOS]; name it as eos_token in tokenizer_config.json or as eos_token_id in config.json")
+        raise ValueError(f"{folder}: no [EOS]; add eos_token to tokenizer_config.json or eos_token_id to config.json")
     # Qwen2's and Dream's configs repeat another token as bos_token_id; the tokenizer's own goes first.
     bos_id = vocabulary.get(hf.bos_token) if hf.bos_token else special_id("bos")
     tokenizer = Tokenizer(hf, eos_id, eos_id if pad_id is None else pad_id, bos_id, mask_id, eot_id=None)
     if mask_id is not None and tokenizer.encode(tokens[mask_id] * 2) != [mask_id] * 2:
         raise ValueError(
-            f"{folder}: wrong vocabulary for the tokenizer: the mask id {mask_id} is {tokens[mask_id]!r}, which is no special token "
-            "there; take config.json and the tokenizer of the same checkpoint"
+            f"{folder}: wrong vocabulary for the tokenizer: the mask id {mask_id} is {tokens[mask_id]!r}, which is no "
+            "special token there; take config.json and the tokenizer of the same checkpoint"
         )
     return dataclasses.replace(tokenizer, eot_id=_end_of_turn(tokenizer) if hf.chat_template else None)
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The first special token that the chat template writes behind the assistant's text."""
-    _, tail = tokenizer.render_turn("question", "answer")
     special = tokenizer.hf.added_tokens_decoder
-    ids = tokenizer.encode(tail.partition("answer")[2])
+    ids = tokenizer.encode(tokenizer.render_exchange("question", "answer").rpartition("answer")[2])
     return next((i for i in ids if i in special and special[i].special), None)
 
 
@@ -305,5 +313,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy it again from the checkpoint") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object, not a {type(content).__name__}; copy it again from the checkpoint")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; copy it again from the checkpoint")
     return content
