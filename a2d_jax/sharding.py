@@ -83,3 +83,11 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
+
+
+def mesh_of(model: nnx.Module) -> Mesh | None:
+    """The mesh that the model's parameters are split over, or None on a single device."""
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        sharding = getattr(leaf, "sharding", None)
+        return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return None

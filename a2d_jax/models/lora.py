@@ -11,15 +11,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from a2d_jax.config import ModelConfig
-from a2d_jax.models.naming import adapter_modules
+from a2d_jax.models.naming import adapter_modules, projections
+from a2d_jax.sharding import logical_axes, partition_spec
 
 # The A2D paper adapts everything but the attention's output projection; the names follow each family's code.
 DEFAULT_TARGETS = {
     "llada": ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj", "ff_out"),
-    "dream": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
 }
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # Dream and the causal families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,27 @@ class LoRAConfig:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def resolved_targets(self, config: ModelConfig) -> tuple[str, ...]:
-        return self.targets or DEFAULT_TARGETS.get(config.family, DEFAULT_TARGETS["dream"])
+    def with_targets(self, config: ModelConfig) -> "LoRAConfig":
+        """The same settings with the family's default targets filled in."""
+        return dataclasses.replace(self, targets=self.targets or DEFAULT_TARGETS.get(config.family, _LLAMA_TARGETS))
+
+
+def attach(linear: nnx.Module, lora: LoRAConfig, a: jax.Array, b: jax.Array) -> None:
+    """Gives one projection its A (..., in, R) and B (..., R, out), float32, split over the mesh as its kernel is."""
+    in_axis, out_axis = linear.kernel.logical_axes
+    a, b = nnx.LoRAParam(a, logical_axes=(in_axis, "rank")), nnx.LoRAParam(b, logical_axes=("rank", out_axis))
+    sharding = linear.kernel[...].sharding
+    if isinstance(sharding, NamedSharding):
+        for variable in (a, b):
+            spec = partition_spec(logical_axes(variable), variable.shape, sharding.mesh)
+            variable[...] = jax.device_put(variable[...], NamedSharding(sharding.mesh, spec))
+    linear.lora_a, linear.lora_b = a, b
+    linear.lora_scale, linear.lora_dropout = lora.scale, lora.dropout
+
+
+def adapted(model: nnx.Module) -> list[str]:
+    """Paths of the projections that carry an adapter."""
+    return [path for path in projections(model.config) if model.projection(path).lora_a is not None]
 
 
 def add_lora(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> None:
@@ -49,24 +70,19 @@ def add_lora(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> None:
         raise ValueError(f"LoRA rank={lora.rank}; it must be at least 1.")
     if model.lora is not None:
         raise ValueError("the model already carries an adapter; call merge_adapter(model) first.")
-    targets = lora.resolved_targets(model.config)
-    for path in adapter_modules(model.config, targets):
+    lora = lora.with_targets(model.config)
+    for path in adapter_modules(model.config, lora.targets):
         linear = model.projection(path)
         *stack, fan_in, fan_out = linear.kernel.shape
-        in_axis, out_axis = linear.kernel.logical_axes
         bound = 1 / math.sqrt(fan_in)  # Kaiming uniform with a = sqrt(5), the initialiser of torch.nn.Linear
         a = jax.random.uniform(rngs.params(), (*stack, fan_in, lora.rank), jnp.float32, -bound, bound)
-        linear.lora_a = nnx.LoRAParam(a, logical_axes=(in_axis, "rank"))
-        linear.lora_b = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, fan_out)), logical_axes=("rank", out_axis))
-        linear.lora_scale, linear.lora_dropout = lora.scale, lora.dropout
-    model.lora = dataclasses.replace(lora, targets=targets)
+        attach(linear, lora, a, jnp.zeros((*stack, lora.rank, fan_out), jnp.float32))
+    model.lora = lora
 
 
 def merge_adapter(model: nnx.Module) -> nnx.Module:
     """W <- W + scale A B in every adapted projection, in float32, in place; returns the model, now without adapter."""
-    if model.lora is None:
-        return model
-    for path in adapter_modules(model.config, model.lora.targets):
+    for path in adapted(model):
         linear = model.projection(path)
         kernel = linear.kernel[...]
         update = jnp.matmul(linear.lora_a[...], linear.lora_b[...], precision=jax.lax.Precision.HIGHEST)

@@ -87,23 +87,27 @@ def tensor_names(config: ModelConfig) -> list[TensorName]:
     return names
 
 
+def projections(config: ModelConfig) -> dict[str, str]:
+    """Our linear layers ("blocks.q_proj", ..., "lm_head") and the last part of their name in the checkpoint."""
+    family = FAMILIES[config.family]
+    names = {f"blocks.{ours}": family.members[ours].split(".")[-1] for ours in ATTENTION + MLP}
+    return names if config.tie_embeddings else names | {"lm_head": family.lm_head.split(".")[-1]}
+
+
 def adapter_modules(config: ModelConfig, targets: Sequence[str]) -> list[str]:
-    """Our projections ("blocks.q_proj", "lm_head", ...) that the target names select.
+    """Our projections that the target names select.
 
     A target selects every linear layer whose name in the checkpoint ends in it (PEFT's rule), or that bears it here.
 
     Raises:
       ValueError: a target that selects nothing, with the names that exist.
     """
-    family = FAMILIES[config.family]
-    theirs = {f"blocks.{ours}": family.members[ours].split(".")[-1] for ours in ATTENTION + MLP}
-    if not config.tie_embeddings:
-        theirs["lm_head"] = family.lm_head.split(".")[-1]
-    known = set(theirs.values()) | {path.split(".")[-1] for path in theirs}
+    names = projections(config)
+    known = set(names.values()) | {path.split(".")[-1] for path in names}
     unknown = sorted(set(targets) - known)
     if unknown:
         raise ValueError(f"LoRA targets {unknown} name no projection of a {config.family} model; known: {sorted(known)}.")
-    return [path for path, name in theirs.items() if name in targets or path.split(".")[-1] in targets]
+    return [path for path, name in names.items() if name in targets or path.split(".")[-1] in targets]
 
 
 def module_names(config: ModelConfig, path: str) -> list[str]:

@@ -245,12 +245,14 @@ class Transformer(nnx.Module):
         Returns:
           (B, T, V) float32. Those of Dream and the causal families at position i are for token i + 1.
         """
-        return _forward(self, tokens, attention_mask, positions, dropout_key)
+        graphdef, state = nnx.split(self)
+        return _forward(graphdef, state, tokens, attention_mask, positions, dropout_key)
 
 
-@nnx.jit
-def _forward(model: Transformer, tokens, attention_mask, positions, dropout_key) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, state, tokens, attention_mask, positions, dropout_key) -> jax.Array:
     # Compiled once per shape, so that a plain `model(tokens)` does not trace the scan at every call.
+    model = nnx.merge(graphdef, state)
     body_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     hidden = model.hidden_states(tokens, attention_mask, positions=positions, dropout_key=body_key)
     return model.logits(hidden, head_key)
