@@ -275,7 +275,7 @@ def _with_special_ids(hf: PreTrainedTokenizerFast, config: ModelConfig | None, f
     # Qwen2's and Dream's configs repeat another token as bos_token_id; the tokenizer's own goes first.
     bos_id = vocabulary.get(hf.bos_token) if hf.bos_token else special_id("bos")
     tokenizer = Tokenizer(hf, eos_id, eos_id if pad_id is None else pad_id, bos_id, mask_id, eot_id=None)
-    if mask_id is not None and tokenizer.encode(tokens[mask_id] * 2) != [mask_id] * 2:
+    if mask_id is not None and mask_id not in hf.added_tokens_decoder:
         raise ValueError(
             f"{folder}: wrong vocabulary for the tokenizer: the mask id {mask_id} is {tokens[mask_id]!r}, which is no "
             "special token there; take config.json and the tokenizer of the same checkpoint"
