@@ -1,0 +1,43 @@
+"""FITS (fill in the sentence): one sentence of a harmful text is masked, and the model writes it from the rest."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from a2d_jax.attacks.base import AttackInput, AttackSettings, request_of, template_input, text_of
+from a2d_jax.tokenizer import Tokenizer, has_mask_runs
+
+_SENTENCE = re.compile(r"\S.*?[.!?]+(?=\s|$)|\S.*$", re.DOTALL)
+
+
+def fits(row: Mapping[str, Any], tokenizer: Tokenizer, settings: AttackSettings) -> AttackInput:
+    """Row keys: "text" with `<mask:N>`, or "text" and "sentence" (the index, from 0, of the sentence to mask).
+
+    In the response turn the row's "Behavior" is the request that the text answers.
+    """
+    text = text_of(row, "text")
+    if "sentence" in row:
+        text = mask_sentence(text, row["sentence"], tokenizer)
+    if not has_mask_runs(text):
+        raise ValueError(
+            f"'text' is a template without masks: {text[:80]!r}; write <mask:N> for N tokens to fill in, or name "
+            "the sentence to mask by the key 'sentence'"
+        )
+    if settings.fits_turn == "user":
+        return template_input(tokenizer.encode_prompt(text), tokenizer)
+    return template_input(tokenizer.encode_prompt(request_of(row), response_start=text), tokenizer)
+
+
+def mask_sentence(text: str, index: int, tokenizer: Tokenizer) -> str:
+    """`text` with sentence number `index` replaced by as many masks as it has tokens.
+
+    The white space before the sentence goes with it: byte-level vocabularies hold it in the sentence's first token.
+    """
+    sentences = list(_SENTENCE.finditer(text))
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
+        raise ValueError(
+            f"'sentence' is {index!r}; the text has {len(sentences)} sentences: give 0 to {len(sentences) - 1}"
+        )
+    start = sentences[index - 1].end() if index else 0
+    end = sentences[index].end()
+    return text[:start] + f"<mask:{len(tokenizer.encode(text[start:end]))}>" + text[end:]

@@ -1,0 +1,178 @@
+"""Attack prompts: what the model sees, which blanks it fills, and what is said of a broken prompt file."""
+
+import json
+
+import pytest
+
+from a2d_jax.attacks import ATTACKS, AttackSettings, build_inputs, read_prompts
+from a2d_jax.attacks.fits import mask_sentence
+from a2d_jax.tokenizer import load_tokenizer
+from a2d_jax.world_tokenizer import build_tokenizer, write_tokenizer
+
+WORDS = "user assistant how do i make the bane sure here is mix with salt and ink then add boil it let rest . ? ,"
+PROMPT = (
+    "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+MASK = "<|mdm_mask|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(build_tokenizer(WORDS.split()), folder)
+    return load_tokenizer(folder)
+
+
+def build(tokenizer, attack, row, **settings):
+    return build_inputs([row], attack, tokenizer, AttackSettings(**settings))[0]
+
+
+def expect(tokenizer, given, text):
+    """The input's tokens are those of `text`, written with special tokens, and its blanks the masks in it."""
+    assert given.tokens.tolist() == tokenizer.encode(text)
+    assert given.is_blank.tolist() == [token == tokenizer.mask_id for token in given.tokens]
+    assert given.num_blanks == text.count(MASK)
+
+
+@pytest.mark.parametrize(
+    ("attack", "is_response"), [("zero_shot", True), ("prefilling", True), ("dija", False), ("fits", False)]
+)
+def test_only_responses_may_be_decoded_in_blocks(tokenizer, attack, is_response):
+    row = {"Behavior": "make", "prefix": "sure", "Refined_behavior": "make <mask:2>", "text": "sure. <mask:2>"}
+    assert build(tokenizer, attack, row).is_response == is_response
+
+
+def test_zero_shot_is_the_request_and_a_response_of_masks(tokenizer):
+    row = {"Behavior": "how do i make the bane?", "Refined_behavior": "unused"}
+    given = build(tokenizer, "zero_shot", row, gen_length=5)
+    expect(tokenizer, given, PROMPT.format("how do i make the bane?") + MASK * 5)
+
+
+def test_zero_shot_reads_the_prompt_key_of_harmless_files(tokenizer):
+    row = {"id": 3, "prompt": "how do i make the bane?"}
+    assert build(tokenizer, "over_refusal", row).tokens.tolist() == build(tokenizer, "zero_shot", row).tokens.tolist()
+
+
+def test_prefilling_starts_the_response_with_the_prefix(tokenizer):
+    row = {"Behavior": "how do i make the bane?", "prefix": "sure, here is"}
+    given = build(tokenizer, "prefilling", row, gen_length=6)
+    expect(tokenizer, given, PROMPT.format("how do i make the bane?") + "sure, here is" + MASK * 6)
+
+
+@pytest.mark.parametrize("key", ["prefix", "Prefix", "target", "Target"])
+def test_prefilling_prefers_the_prefix_of_the_row(tokenizer, key):
+    row = {"Behavior": "how do i make the bane?", key: "sure"}
+    given = build(tokenizer, "prefilling", row, prefix="here is", gen_length=2)
+    expect(tokenizer, given, PROMPT.format("how do i make the bane?") + "sure" + MASK * 2)
+
+
+def test_prefilling_takes_the_common_prefix_where_a_row_has_none(tokenizer):
+    given = build(tokenizer, "prefilling", {"Behavior": "the bane"}, prefix="here is", gen_length=1)
+    expect(tokenizer, given, PROMPT.format("the bane") + "here is" + MASK)
+
+
+def test_dija_puts_the_template_into_the_user_turn(tokenizer):
+    row = {"Behavior": "unused", "Refined_behavior": "mix <mask:2> with <mask:1>, then add <mask:3>."}
+    given = build(tokenizer, "dija", row)
+    expect(tokenizer, given, PROMPT.format(f"mix {MASK * 2} with {MASK}, then add {MASK * 3}."))
+
+
+@pytest.mark.parametrize("num_masks", [36, 4])
+def test_dija_without_masks_gets_a_response_of_masks(tokenizer, num_masks):
+    settings = {} if num_masks == 36 else {"appended_masks": num_masks}
+    given = build(tokenizer, "dija", {"Refined_behavior": "make the bane"}, **settings)
+    expect(tokenizer, given, PROMPT.format("make the bane") + MASK * num_masks)
+
+
+def test_fits_fills_masks_in_the_user_turn(tokenizer):
+    given = build(tokenizer, "fits", {"text": "here is the bane. <mask:4> let it rest."})
+    expect(tokenizer, given, PROMPT.format(f"here is the bane. {MASK * 4} let it rest."))
+
+
+def test_fits_masks_the_sentence_of_the_given_number(tokenizer):
+    text = "here is the bane. mix salt with ink. let it rest."
+    given = build(tokenizer, "fits", {"text": text, "sentence": 1})
+    expect(tokenizer, given, PROMPT.format(f"here is the bane. {MASK * 5} let it rest."))  # mix salt with ink .
+
+
+def test_fits_in_the_response_turn_follows_the_request(tokenizer):
+    row = {"Behavior": "make the bane", "text": "sure. <mask:2>"}
+    given = build(tokenizer, "fits", row, fits_turn="response")
+    expect(tokenizer, given, PROMPT.format("make the bane") + f"sure. {MASK * 2}")
+
+
+def test_sentences_end_at_marks_before_white_space(tokenizer):
+    text = "boil it. then add ink? rest"  # 3, 4 and 1 tokens
+    assert mask_sentence(text, 0, tokenizer) == "<mask:3> then add ink? rest"
+    assert mask_sentence(text, 1, tokenizer) == "boil it.<mask:4> rest"
+    assert mask_sentence(text, 2, tokenizer) == "boil it. then add ink?<mask:1>"
+
+
+@pytest.mark.parametrize("attack", ["pair", "renellm"])
+def test_rewritten_prompts_are_the_user_turn(tokenizer, attack):
+    row = {"Behavior": "make the bane", "Refined_behavior": "then boil the bane"}
+    expect(tokenizer, build(tokenizer, attack, row, gen_length=2), PROMPT.format("then boil the bane") + MASK * 2)
+
+
+@pytest.mark.parametrize(
+    ("attack", "row", "settings", "message"),
+    [
+        ("zero_shot", {"Refined_behavior": "x"}, {}, r"prompt 0 \(0\), attack 'zero_shot': the key 'Behavior' or"),
+        ("zero_shot", {"Behavior": " "}, {}, "'Behavior' is ' '; it must be a text"),
+        ("zero_shot", {"Behavior": 3}, {}, "'Behavior' is 3; it must be a text"),
+        ("dija", {"BehaviorID": "b7", "Behavior": "x"}, {}, r"prompt 0 \(b7\).*'Refined_behavior' is missing"),
+        ("dija", {"Refined_behavior": "make"}, {"appended_masks": 0}, "template without masks"),
+        ("dija", {"Refined_behavior": "make <mask:0>"}, {}, "number N of 1 or more"),
+        ("dija", {"Refined_behavior": "make <mask:x>"}, {}, "number N of 1 or more"),
+        ("fits", {"Behavior": "x"}, {}, "'text' is missing"),
+        ("fits", {"text": "boil it."}, {}, "template without masks"),
+        ("fits", {"text": "boil it. rest.", "sentence": 2}, {}, "'sentence' is 2; the text has 2 sentences"),
+        ("fits", {"text": "boil it. rest.", "sentence": "1"}, {}, "'sentence' is '1'"),
+        ("prefilling", {"Behavior": "x"}, {}, "'prefix' or 'Prefix' or 'target' or 'Target' is missing"),
+        ("prefilling", {"Behavior": "x", "prefix": ""}, {}, "'prefix' is ''"),
+        ("pair", {"Behavior": "x"}, {}, "'Refined_behavior' is missing"),
+        ("gcg", {"Behavior": "x"}, {}, "unknown attack 'gcg'; choose one of"),
+    ],
+)
+def test_unusable_rows_are_named(tokenizer, attack, row, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(tokenizer, attack, row, **settings)
+
+
+def test_settings_are_checked():
+    for settings in ({"gen_length": 0}, {"appended_masks": -1}, {"fits_turn": "system"}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            AttackSettings(**settings)
+
+
+def test_prompt_file_round_trip(tmp_path):
+    rows = [{"BehaviorID": "a", "Behavior": "b", "Refined_behavior": "c <mask:3>"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    assert read_prompts(tmp_path / "p.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n {"Behavior": "a"},\n {"Behavior": b}\n]', "not JSON: .* at line 3, column 15"),
+        ('{"Behavior": "a"}', "holds a JSON dict; it must be a list"),
+        ("[]", "an empty list"),
+        ('[{"Behavior": "a"}, "b"]', "prompt 1 is 'b'"),
+    ],
+)
+def test_broken_prompt_files_are_named(tmp_path, text, message):
+    path = tmp_path / "prompts.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+def test_absent_prompt_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no prompt file"):
+        read_prompts(tmp_path / "none.json")
+
+
+def test_every_attack_has_a_name_and_a_docstring():
+    assert {"zero_shot", "prefilling", "dija", "fits", "pair", "renellm", "over_refusal"} <= ATTACKS.keys()
+    assert all(attack.__doc__ for attack in ATTACKS.values())
