@@ -1,4 +1,4 @@
-"""Tokenizers are read from files alone and agree with transformers; special ids and the end of turn come from the files."""
+"""Tokenizers are read from files alone and agree with transformers; special ids come from the files."""
 
 import json
 import shutil
@@ -11,7 +11,9 @@ from tokenizer_folders import LLADA_TEMPLATE, SENTENCES, write_dream, write_json
 
 from a2d_jax.tokenizer import load_tokenizer
 
-TEXTS = [*SENTENCES, "don't  stop\r\n\n  now\t!", "  leading", "e\u0301 decomposed", "12345", "", "emoji 🙂 <|endoftext|>"]
+TEXTS = [
+    *SENTENCES, "don't  stop\r\n\n  now\t!", "  leading", "e\u0301 decomposed", "12345", "", "emoji 🙂 <|endoftext|>",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_models_without_mask_or_template(folders, tmp_path):
 
 
 def test_older_and_newer_places_of_the_same_settings(folders, tmp_path):
-    """added_tokens.json and special_tokens_map.json of older folders; chat_template.jinja and named templates of newer."""
+    """Older folders have added_tokens.json and special_tokens_map.json; newer ones several templates, or a file."""
     dream = load_tokenizer(folders["dream"])
     shutil.copytree(folders["dream"], tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

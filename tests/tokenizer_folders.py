@@ -1,4 +1,4 @@
-"""Small tokenizer folders as LLaDA, Dream and LLaMA 2 ship them, made from a few sentences; for the tests of text and data."""
+"""Small tokenizer folders as LLaDA, Dream and LLaMA 2 ship them, trained on a few sentences; for the tests."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_llada(folder: Path) -> Path:
 
 
 def write_dream(folder: Path) -> Path:
-    """vocab.json + merges.txt, special tokens in tokenizer_config.json, and Python code that writes a file when it runs."""
+    """vocab.json + merges.txt, special tokens in tokenizer_config.json, and code that writes a file when it runs."""
     tokenizer = _byte_level_bpe()
     tokenizer.model.save(str(folder))
     first = tokenizer.get_vocab_size()
