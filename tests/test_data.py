@@ -202,7 +202,7 @@ def test_weights_of_files():
 
 
 def test_weights_and_share_together():
-    # File 0: 2 harmful, 2 retain. File 1: 4 retain. All harmful draws are file 0's, the retain draws follow the weights.
+    # File 0: 2 harmful, 2 retain. File 1: 4 retain. Harmful draws are all of file 0, the others follow the weights.
     encoded = encoded_rows([1] * 8, is_safe=[0, 0, 1, 1, 1, 1, 1, 1], file_index=[0, 0, 0, 0, 1, 1, 1, 1])
     loader = Loader(encoded, DataConfig(row_length=4, weights=(1, 3), harmful_share=0.2), EOS, batch_size=10, seed=0)
     kinds = Counter("harmful" if i < 2 else "retain 0" if i < 4 else "retain 1" for i in drawn(loader, 2))
