@@ -69,6 +69,12 @@ class ModelConfig:
         """True where the logits at position i predict token i + 1 (Dream and the causal families)."""
         return self.family != "llada"
 
+    def with_dtype(self, dtype: str) -> "ModelConfig":
+        """The same model to be stored in another number format; config.json names it under the key it used."""
+        hf_config = self.hf_config
+        hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = dtype
+        return dataclasses.replace(self, dtype=dtype, hf_text=json.dumps(hf_config, indent=2) + "\n")
+
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any], hf_text: str | None = None) -> "ModelConfig":
         """The configuration that `config.json` describes; ValueError for an unknown architecture or setting.

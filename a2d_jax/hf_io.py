@@ -49,10 +49,10 @@ _LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "
 
 def inside_folder(folder: Path, name: str) -> Path:
     """`folder / name`; ValueError where the name leads out of the folder."""
-    path = folder / name
-    if os.path.isabs(name) or not path.resolve().is_relative_to(folder.resolve()):
+    # By name alone: in the Hugging Face cache every file is itself a link out of the folder.
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
         raise ValueError(f"{folder} refers to {name!r}, a path outside the folder; correct the index file.")
-    return path
+    return folder / name
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -186,7 +186,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wh
 # -- files to parameters ----------------------------------------------------------------------------------------------
 
 
-def _get(state: Mapping, path: tuple[str, ...]) -> nnx.Variable:
+def variable_at(state: Mapping, path: tuple[str, ...]) -> nnx.Variable:
     for part in path:
         state = state[part]
     return state
@@ -196,7 +196,7 @@ def _put_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
-def _layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Sharding of one layer of a stacked parameter."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -208,35 +208,40 @@ def place_tensor(name: TensorName, read: Callable[..., np.ndarray], dtype, shard
 
     Args:
       read: (hf_name, index) -> that part of the tensor, as stored.
+      dtype: of the result; None keeps the stored one.
       sharding: of the tensor here (of one layer, where it is stacked).
     """
     shape = name.shape[::-1] if name.is_transposed else name.shape
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         stored = read(name.hf_name, index[::-1] if name.is_transposed else index)
-        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(dtype, copy=False)
+        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(dtype or stored.dtype, copy=False)
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def fill_state(
-    state: nnx.State, shardings: nnx.State, names: Iterable[TensorName], read: Callable[..., np.ndarray]
+    state: nnx.State, shardings: nnx.State, names: Iterable[TensorName], place: Callable[..., jax.Array]
 ) -> nnx.State:
-    """The abstract `state` with every parameter read from a checkpoint, tensor by tensor."""
+    """The abstract `state` with every parameter read from a checkpoint, tensor by tensor.
+
+    Args:
+      place: (name, dtype, sharding) -> the tensor on its devices, of one layer where it is stacked.
+    """
     put_layer = jax.jit(_put_layer, donate_argnums=0)
     values: dict[tuple[str, ...], jax.Array] = {}
     for name in names:
-        variable, sharding = _get(state, name.path), _get(shardings, name.path).get_value()
+        variable, sharding = variable_at(state, name.path), variable_at(shardings, name.path).get_value()
         if name.layer is None:
-            values[name.path] = place_tensor(name, read, variable.dtype, sharding)
+            values[name.path] = place(name, variable.dtype, sharding)
             continue
-        layer = place_tensor(name, read, variable.dtype, _layer_sharding(sharding))
+        layer = place(name, variable.dtype, layer_sharding(sharding))
         if name.path not in values:
             values[name.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(
                 variable.shape, variable.dtype
             )
         values[name.path] = put_layer(values[name.path], layer, name.layer)
-    flat = [(path, _get(state, path).replace(value)) for path, value in values.items()]
+    flat = [(path, variable_at(state, path).replace(value)) for path, value in values.items()]
     return nnx.from_flat_state(flat)
 
 
@@ -253,14 +258,19 @@ def shardings_of(state: nnx.State, mesh: Mesh | None) -> nnx.State:
     return jax.tree.map(lambda v: v.replace(here), state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def load_model(config: ModelConfig, mesh: Mesh | None, dtypes: DTypes, remat: str, place: Callable) -> Transformer:
+    """A model whose parameters `place` reads, on one device or split over the mesh."""
+    graphdef, state = nnx.split(abstract_model(config, dtypes, remat))
+    return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), tensor_names(config), place))
+
+
 def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
     """The model of a Hugging Face folder, on one device or split over the mesh."""
     config = load_config(folder)
     source = SafetensorsFolder(folder)
     check_tensors(config, source.shapes, folder)
     config = dataclasses.replace(config, weight_files=tuple(source.weight_map.items()))
-    graphdef, state = nnx.split(abstract_model(config, dtypes, remat))
-    return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), tensor_names(config), source.read))
+    return load_model(config, mesh, dtypes, remat, lambda name, *where: place_tensor(name, source.read, *where))
 
 
 # -- parameters to files ----------------------------------------------------------------------------------------------
@@ -268,7 +278,7 @@ def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none
 
 def read_tensor(state: Mapping, name: TensorName, dtype: np.dtype) -> np.ndarray:
     """One parameter (of one layer) as the checkpoint stores it, on the host."""
-    value = _get(state, name.path)[...]
+    value = variable_at(state, name.path)[...]
     value = np.asarray(value if name.layer is None else value[name.layer])
     return (value.T if name.is_transposed else value).astype(dtype, copy=False)
 

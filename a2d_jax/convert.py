@@ -1,0 +1,42 @@
+"""Program: a Hugging Face folder to an Orbax checkpoint, tensor by tensor.
+
+    python -m a2d_jax.convert --source HF_DIR --target DIR
+
+Host memory peaks at the largest tensor, not at the checkpoint. With several devices each tensor is split over them (`fsdp`),
+and on several hosts each writes its own part.
+"""
+
+import time
+
+import jax
+from absl import app, flags
+
+from a2d_jax.config import load_config
+from a2d_jax.models.naming import tensor_names
+from a2d_jax.orbax_io import convert_folder
+from a2d_jax.sharding import make_mesh
+
+_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder with safetensors", required=True)
+_TARGET = flags.DEFINE_string("target", None, "folder to write", required=True)
+
+
+def main(_) -> None:
+    config = load_config(_SOURCE.value)
+    num_tensors = len(tensor_names(config))
+    num_devices = jax.device_count()
+    print(f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors of {config.dtype}")
+    print(f"{_SOURCE.value} -> {_TARGET.value}, split over {num_devices} device(s)", flush=True)
+
+    mesh = make_mesh(data=1, fsdp=num_devices) if num_devices > 1 else None
+    start = last_print = time.monotonic()
+    for done, name in enumerate(convert_folder(_SOURCE.value, _TARGET.value, mesh), start=1):
+        now = time.monotonic()
+        if now - last_print > 5 or done == num_tensors:
+            rate = done / (now - start)
+            print(f"{done}/{num_tensors} {name.hf_name}  {rate:.1f} tensors/s  ETA {(num_tensors - done) / rate:.0f} s", flush=True)
+            last_print = now
+    print(f"wrote {num_tensors} tensors in {time.monotonic() - start:.0f} s: Orbax checkpoint in {_TARGET.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

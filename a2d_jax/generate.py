@@ -1,0 +1,64 @@
+"""Program: chat with a checkpoint, or fill the blanks of a text that holds `<mask:N>`.
+
+    python -m a2d_jax.generate --checkpoint DIR --prompt "What is lime?"
+    python -m a2d_jax.generate --checkpoint DIR --prompt "Lime is <mask:4> made of <mask:2>." --order left_to_right
+
+A prompt without masks is a user turn of the chat template, answered in `--gen_length` tokens. A text with `<mask:N>` (N masks)
+is filled as it stands; `--chat_template` puts it into a user turn first. `--prompt` may be given several times: the prompts
+are decoded as one batch. The settings of `SamplerConfig` are flags.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
+from a2d_jax.sampling import generate, infill, pad_left
+from a2d_jax.tokenizer import has_mask_runs, load_tokenizer
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "a request, or a text with <mask:N>", required=True)
+_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
+_CHAT_TEMPLATE = flags.DEFINE_bool("chat_template", False, "put a text with <mask:N> into a user turn")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
+_SEED = flags.DEFINE_integer("seed", 0, "of temperature and random order")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object a prompt")
+define_sampler_flags()
+
+
+def main(_) -> None:
+    config, key = sampler_config_from_flags(), jax.random.key(_SEED.value)
+    are_templates = {has_mask_runs(prompt) for prompt in _PROMPT.value}
+    if len(are_templates) > 1:
+        raise ValueError("some prompts hold <mask:N> and some do not; run the program once for each kind.")
+    tokenizer = load_tokenizer(hf_files(_CHECKPOINT.value))
+    model = load_pretrained(_CHECKPOINT.value, dtype=jnp.dtype(_DTYPE.value), adapter=_ADAPTER.value)
+
+    if are_templates == {True}:
+        encode = tokenizer.encode_prompt if _CHAT_TEMPLATE.value else tokenizer.encode_template
+        tokens, attention_mask = pad_left([encode(prompt) for prompt in _PROMPT.value], tokenizer.pad_id)
+        result = infill(model, tokens, config, key, attention_mask=attention_mask)
+        starts = np.argmax(attention_mask, axis=1)
+    else:
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in _PROMPT.value]
+        result = generate(model, prompts, config, key)
+        starts = np.full(len(prompts), result.tokens.shape[1] - config.gen_length)
+
+    for prompt, tokens, start, num_forward, is_rejected, eos_prob in zip(
+        _PROMPT.value, np.asarray(result.tokens), starts, result.num_forward, result.is_rejected, result.eos_prob, strict=True
+    ):
+        text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+        if _JSON.value:
+            record = {"prompt": prompt, "text": text, "num_forward": int(num_forward), "is_rejected": bool(is_rejected)}
+            print(json.dumps(record | {"eos_prob_first": float(eos_prob[0])}, ensure_ascii=False))
+        else:
+            print(f"> {prompt}\n{'[refused]' if is_rejected else text}")
+            print(f"  ({int(num_forward)} forward passes, P([EOS]) at the first step {float(eos_prob[0]):.3f})\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

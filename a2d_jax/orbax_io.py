@@ -1,0 +1,108 @@
+"""Converted checkpoints: a Hugging Face folder as an Orbax checkpoint, written and read tensor by tensor.
+
+    DIR/hf/      config.json, tokenizer and every other file that is not weights, so that the folder stands alone
+    DIR/params/  Orbax: {"embed", "final_norm", "lm_head", "blocks": {"0": {"q_proj": {"kernel": (in, out)}, ...}, ...}}
+
+Layers are leaves of their own: each tensor goes to disk as soon as it is read (Orbax's partial save), and the checkpoint
+appears under its name only when it is complete.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint.experimental import v1 as ocp
+
+from a2d_jax.config import load_config
+from a2d_jax.hf_io import (
+    SafetensorsFolder,
+    abstract_model,
+    check_tensors,
+    layer_sharding,
+    load_model,
+    place_tensor,
+    read_weight_map,
+    shardings_of,
+    variable_at,
+)
+from a2d_jax.models.naming import TensorName, tensor_names
+from a2d_jax.models.transformer import DTypes, Transformer
+
+HF_FOLDER = "hf"
+PARAMS_FOLDER = "params"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def companion_files(folder: str | os.PathLike) -> list[Path]:
+    """Files of a Hugging Face folder that are not weights: configuration, tokenizer, licence, the model's own code."""
+    return [file for file in sorted(Path(folder).iterdir()) if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES]
+
+
+def copy_companions(source: str | os.PathLike, target: str | os.PathLike, except_for: tuple[str, ...] = ()) -> None:
+    """Copies the files that are not weights; code among them is copied, never run."""
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for file in companion_files(source):
+        if file.name not in except_for:
+            shutil.copyfile(file, Path(target) / file.name)
+
+
+def _nested(name: TensorName, leaf: object) -> dict:
+    keys = name.path if name.layer is None else (name.path[0], str(name.layer), *name.path[1:])
+    return functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf)
+
+
+def convert_folder(source: str | os.PathLike, target: str | os.PathLike, mesh: Mesh | None = None) -> Iterator[TensorName]:
+    """Writes the Orbax checkpoint of a Hugging Face folder, yielding each tensor's name once it is on disk.
+
+    Tensors keep their stored dtype. On a mesh each process reads and writes its own shards.
+
+    Raises:
+      ValueError: tensors that do not fit config.json, or a target that already holds a checkpoint.
+    """
+    source, target = Path(source), Path(target)
+    if (target / PARAMS_FOLDER).exists():
+        raise ValueError(f"{target} already holds a checkpoint; choose another --target or remove {target / PARAMS_FOLDER}.")
+    config = load_config(source)
+    folder = SafetensorsFolder(source)
+    check_tensors(config, folder.shapes, source)
+    target.mkdir(parents=True, exist_ok=True)
+    for leftover in target.glob(f"{PARAMS_FOLDER}.*"):  # of a conversion that was cut off
+        shutil.rmtree(leftover)
+    copy_companions(source, target / HF_FOLDER)
+
+    shardings = shardings_of(nnx.state(abstract_model(config, DTypes())), mesh)
+    params = (target / PARAMS_FOLDER).absolute()
+    for name in tensor_names(config):
+        sharding = variable_at(shardings, name.path).get_value()
+        sharding = sharding if name.layer is None else layer_sharding(sharding)
+        ocp.partial.save(params, _nested(name, place_tensor(name, folder.read, None, sharding)))
+        yield name
+    ocp.partial.finalize(params)
+
+
+def is_orbax_folder(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / PARAMS_FOLDER).is_dir()
+
+
+def load_orbax_folder(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """The model of a converted folder, each tensor restored straight onto its shards."""
+    folder = Path(folder)
+    config = load_config(folder / HF_FOLDER)
+    config = dataclasses.replace(config, weight_files=tuple(read_weight_map(folder / HF_FOLDER).items()))
+    params = (folder / PARAMS_FOLDER).absolute()
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # one leaf at a time
+
+    def place(name: TensorName, dtype, sharding) -> jax.Array:
+        shape = name.shape[::-1] if name.is_transposed else name.shape
+        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        with context:
+            return jax.tree.leaves(ocp.load(params, _nested(name, leaf)))[0]
+
+    return load_model(config, mesh, dtypes, remat, place)
