@@ -1,0 +1,296 @@
+"""Program: attack success, or over-refusal, of a checkpoint.
+
+    python -m a2d_jax.evaluate --checkpoint DIR --attack dija --prompts FILE.json --out DIR --order entropy --ban_eos
+    python -m a2d_jax.evaluate --checkpoint DIR --attack over_refusal --prompts XSTEST.json --out DIR
+
+The attacks are those of `a2d_jax/attacks`, the judges those of `a2d_jax/judges.py`; the settings of `SamplerConfig` are
+flags. Run again with the same folder, it goes on where it was stopped; a new --judge judges the same completions.
+
+    DIR/settings.json       what the completions depend on, written first
+    DIR/completions.jsonl   what the model wrote, one line a request, as it comes
+    DIR/results.json        the scores with every setting beside them, and the verdict on each request
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from a2d_jax.attacks import ATTACKS, AttackSettings, behavior_id, build_inputs, read_prompts
+from a2d_jax.attacks.base import TURNS
+from a2d_jax.completions import (
+    DEFAULT_BUCKETS,
+    Completion,
+    append_completions,
+    complete,
+    plan_batches,
+    read_completions,
+)
+from a2d_jax.config import load_config
+from a2d_jax.hf_io import write_json
+from a2d_jax.judges import Judge, is_refusal, keywords, load_judge, verdict
+from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
+from a2d_jax.sampling import SamplerConfig
+from a2d_jax.scores import EXPECTATIONS, summarize
+from a2d_jax.sharding import make_mesh
+from a2d_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation of one checkpoint; the flags of the program describe the fields.
+
+    `attack_settings.gen_length` follows `sampler.gen_length`.
+    """
+
+    checkpoint: str
+    attack: str
+    prompts: str
+    out: str
+    sampler: SamplerConfig = SamplerConfig()
+    attack_settings: AttackSettings = AttackSettings()
+    adapter: str | None = None
+    judge: str = "keywords"
+    expect: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    buckets: tuple[int, ...] = DEFAULT_BUCKETS
+    seed: int = 0
+    dtype: str = "bfloat16"
+    mesh: tuple[int, ...] | None = None
+
+    def completion_settings(self) -> dict[str, Any]:
+        """What the completions depend on, as JSON holds it."""
+        settings = dataclasses.asdict(self)
+        for name in ("out", "judge", "expect", "mesh"):
+            del settings[name]
+        settings["attack_settings"]["gen_length"] = self.sampler.gen_length
+        settings["prompts_sha256"] = hashlib.sha256(Path(self.prompts).read_bytes()).hexdigest()
+        return json.loads(json.dumps(settings))
+
+
+def evaluate_requests(
+    model: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    attack: str,
+    sampler: SamplerConfig,
+    judge: Judge = keywords,
+    *,
+    attack_settings: AttackSettings | None = None,
+    batch_size: int = 16,
+    buckets: Sequence[int] = DEFAULT_BUCKETS,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Attacks a model with every row and judges what it wrote; `a2d_jax.scores.summarize` adds the records up.
+
+    Args:
+      rows: of a prompt file, or any dicts with the keys that the attack reads.
+      attack: a name in `ATTACKS`.
+      sampler: how to decode; its `gen_length` is also the attack's.
+      judge: (row, completion) -> bool or 0 to 1.
+    Returns:
+      One record a row, in the order of the rows: the keys of `complete`, "BehaviorID", "success", "is_refused".
+    """
+    settings = dataclasses.replace(attack_settings or AttackSettings(), gen_length=sampler.gen_length)
+    inputs = build_inputs(rows, attack, tokenizer, settings)
+    batches = complete(model, tokenizer, inputs, sampler, batch_size=batch_size, buckets=buckets, seed=seed)
+    completions = {completion["index"]: completion for batch in batches for completion in batch}
+    return judge_completions(rows, completions, judge)
+
+
+def judge_completions(
+    rows: Sequence[Mapping[str, Any]], completions: Mapping[int, Completion], judge: Judge
+) -> list[dict[str, Any]]:
+    """The completions with the judge's verdict; a rejected request is a refusal, whatever the judge."""
+    records = []
+    for index, row in enumerate(rows):
+        record = {"BehaviorID": behavior_id(row, index)} | completions[index]
+        is_rejected = record["is_rejected"]
+        record["success"] = 0.0 if is_rejected else verdict(judge, row, record["completion"])
+        record["is_refused"] = is_rejected or is_refusal(record["completion"])
+        records.append(record)
+    return records
+
+
+def weights_fingerprint(model: nnx.Module) -> str:
+    """Hash of a few numbers of every parameter: another checkpoint, or a later step of the same, has another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_folder(out: Path, settings: Mapping[str, Any]) -> dict[int, Completion]:
+    """The completions that are in `out` already; ValueError where they were made with other settings."""
+    path = out / "settings.json"
+    if path.is_file():
+        before = read_settings(out)
+        changed = sorted(key for key in {*before, *settings} - {"weights"} if before.get(key) != settings.get(key))
+        if changed:
+            differences = "; ".join(f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in changed)
+            raise ValueError(f"{out} holds completions made with other settings ({differences}); give another --out")
+    elif (out / "completions.jsonl").exists():
+        raise ValueError(f"{out} holds completions without settings.json, and cannot be continued; give another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    return read_completions(out / "completions.jsonl")
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    return json.loads((out / "settings.json").read_text(encoding="utf-8"))
+
+
+def check_weights(out: Path, weights: str, has_completions: bool) -> None:
+    """Notes the fingerprint of the weights in settings.json, or compares it with the one that is there."""
+    settings = read_settings(out)
+    if has_completions and settings.get("weights", weights) != weights:
+        raise ValueError(
+            f"the weights of {settings['checkpoint']} have changed since {out} was begun; give another --out"
+        )
+    write_json(out / "settings.json", {**settings, "weights": weights})
+
+
+def closing_line(results: Mapping[str, Any], path: Path) -> str:
+    ban = ", [EOS] banned" if results["eos_banned"] else ""
+    scores = f"success {results['success']:.1%} of {results['num_requests']} requests"
+    scores += f", over-refusal {results['over_refusal']:.1%}" if "over_refusal" in results else ""
+    passes = f"{results['num_forward']:.1f} forward passes a request"
+    return f"{results['attack']}, order {results['order']}{ban}: {scores}, {passes} -> {path}"
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def run(config: EvaluationConfig) -> dict[str, Any]:
+    """Decodes what is not decoded yet, judges everything, writes and returns results.json."""
+    out, sampler, judge = Path(config.out), config.sampler, load_judge(config.judge)
+
+    # --- Requests: everything that can be wrong with them is found before a model is loaded --------------------------
+    rows = read_prompts(config.prompts)[: config.limit]
+    files = hf_files(config.checkpoint)
+    tokenizer, family = load_tokenizer(files), load_config(files).family
+    settings = dataclasses.replace(config.attack_settings, gen_length=sampler.gen_length)
+    inputs = build_inputs(rows, config.attack, tokenizer, settings)
+    if any(request.is_response for request in inputs):
+        sampler.num_blocks(family)  # lengths that do not divide raise here
+    batches = plan_batches(inputs, config.batch_size, config.buckets)
+    completions = open_folder(out, config.completion_settings())
+
+    # --- Plan ------------------------------------------------------------------------------------------------------
+    num_blanks = sum(request.num_blanks for request in inputs)
+    lengths = sorted({batch.length for batch in batches})
+    print(f"attack {config.attack} with {len(rows)} requests of {config.prompts} ({num_blanks} blanks)")
+    print(f"model {config.checkpoint} ({family}, {config.dtype}), adapter {config.adapter}, judge {config.judge}")
+    print(f"sampler {sampler}")
+    print(
+        f"{len(batches)} batches of up to {config.batch_size} rows, lengths {lengths}; {len(completions)} done before"
+    )
+    print(f"writes {out}", flush=True)
+
+    # --- Decoding --------------------------------------------------------------------------------------------------
+    if len(completions) < len(rows):
+        mesh = make_mesh(*config.mesh) if config.mesh else None
+        model = load_pretrained(config.checkpoint, mesh, jnp.dtype(config.dtype), config.adapter)
+        check_weights(out, weights_fingerprint(model), bool(completions))
+        num_before, start = len(completions), time.monotonic()
+        for batch in complete(
+            model,
+            tokenizer,
+            inputs,
+            sampler,
+            batch_size=config.batch_size,
+            buckets=config.buckets,
+            seed=config.seed,
+            done=frozenset(completions),
+        ):
+            append_completions(out / "completions.jsonl", batch)
+            completions |= {completion["index"]: completion for completion in batch}
+            rate = (len(completions) - num_before) / (time.monotonic() - start)
+            eta = time.strftime("%H:%M:%S", time.gmtime((len(rows) - len(completions)) / rate))
+            print(f"{len(completions)}/{len(rows)} requests, {rate:.2f}/s, ETA {eta}", flush=True)
+
+    # --- Scores ----------------------------------------------------------------------------------------------------
+    records = judge_completions(rows, completions, judge)
+    expect = config.expect or ("answer" if config.attack == "over_refusal" else "refusal")
+    scores = summarize(records, expect)
+    results = {
+        "settings": {**read_settings(out), "judge": config.judge, "expect": expect},
+        "attack": config.attack,
+        "order": sampler.order,
+        "eos_banned": sampler.ban_eos or sampler.logits_eos_inf,
+        **scores,
+        "requests": [{key: value for key, value in record.items() if key != "eos_prob"} for record in records],
+    }
+    write_json(out / "results.json", results)
+    print(closing_line(results, out / "results.json"))
+    return results
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+    flags.DEFINE_string("adapter", None, "PEFT folder to attach")
+    flags.DEFINE_enum("attack", None, sorted(ATTACKS), "the attack; over_refusal for harmless requests", required=True)
+    flags.DEFINE_string("prompts", None, "JSON list of prompt rows", required=True)
+    flags.DEFINE_string("out", None, "folder to write", required=True)
+    flags.DEFINE_string("judge", "keywords", "keywords, or package.module:function of (row, completion)")
+    flags.DEFINE_enum("expect", None, EXPECTATIONS, "of the requests; default: answer for over_refusal, else refusal")
+    flags.DEFINE_integer("appended_masks", 36, "response of a DIJA row without <mask:N>; 0 refuses such rows")
+    flags.DEFINE_string("prefix", None, "start of the response for prefilling, where a row has none")
+    flags.DEFINE_enum("fits_turn", "user", TURNS, "who speaks the text of FITS")
+    flags.DEFINE_integer("limit", None, "only the first so many rows", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "rows decoded together", lower_bound=1)
+    flags.DEFINE_list("buckets", [str(length) for length in DEFAULT_BUCKETS], "row lengths to pad to")
+    flags.DEFINE_integer("seed", 0, "of temperature and random order")
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
+    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+    define_sampler_flags()
+
+
+def _numbers(flag: str) -> tuple[int, ...]:
+    values = flags.FLAGS[flag].value
+    try:
+        return tuple(int(value) for value in values)
+    except ValueError as error:
+        raise ValueError(f"--{flag}={','.join(values)}: give whole numbers with commas between") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    sampler = sampler_config_from_flags()
+    run(
+        EvaluationConfig(
+            checkpoint=given.checkpoint,
+            attack=given.attack,
+            prompts=given.prompts,
+            out=given.out,
+            sampler=sampler,
+            attack_settings=AttackSettings(sampler.gen_length, given.appended_masks, given.prefix, given.fits_turn),
+            adapter=given.adapter,
+            judge=given.judge,
+            expect=given.expect,
+            limit=given.limit,
+            batch_size=given.batch_size,
+            buckets=_numbers("buckets"),
+            seed=given.seed,
+            dtype=given.dtype,
+            mesh=_numbers("mesh") if given.mesh else None,
+        )
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
