@@ -1,0 +1,151 @@
+"""Checkpoints of a training folder: saved beside the run, kept whole, restored onto any mesh.
+
+    DIR/hf/                  every file of the base's folder that is not weights
+    DIR/train_config.json    the run's config, every field filled in
+    DIR/checkpoints/<step>/  Orbax: params (what is trained), opt_state, meta (JSON: step, data iterator)
+
+A checkpoint gets its name when its last byte is written, and older ones go only after that: whatever stops the program,
+the newest named folder is good. An adapter's base weights are not copied; train_config.json names their folder.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from a2d_jax.config import load_config
+from a2d_jax.hf_io import abstract_model, read_weight_map, shardings_of
+from a2d_jax.models.lora import LoRAConfig, add_lora, merge_adapter
+from a2d_jax.models.transformer import DTypes, Transformer
+from a2d_jax.orbax_io import HF_FOLDER
+from a2d_jax.pretrained import load_pretrained
+from a2d_jax.training import TrainState, pure, split_model
+
+CHECKPOINTS_FOLDER = "checkpoints"
+CONFIG_NAME = "train_config.json"
+
+
+class Checkpoints:
+    """The checkpoints of one training folder. Saving runs beside the next steps; `wait` before relying on it."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1, is_read_only: bool = False):
+        self.folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if is_read_only else keep, read_only=is_read_only, cleanup_tmp_directories=not is_read_only
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Begins to write the state after `step` updates; the arrays may be donated as soon as this returns."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            meta=ocp.args.JsonSave({"step": step, "data": data_state}),
+        )
+        self._guard(lambda: self._manager.save(step, args=items, force=True))
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state, state of the data iterator) of a step, put onto the shardings that `abstract` carries."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            meta=ocp.args.JsonRestore(),
+        )
+        items = self._read(step, items)
+        counters = jax.device_put((jnp.int32(step), jnp.bool(True)), abstract.step.sharding)
+        return TrainState(items.params, items.opt_state, *counters), items.meta["data"]
+
+    def restore_params(self, step: int | None, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The trained weights alone, of a step or (None) of the newest one."""
+        steps = sorted(self._manager.all_steps())
+        if not steps or step not in (None, *steps):
+            raise ValueError(f"{self.folder} holds no checkpoint of step {step}; present are the steps {steps}.")
+        return self._read(step or steps[-1], ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if anything did."""
+        self._guard(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _guard(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # the writer reports a full disk as ValueError, OSError or its own kinds
+            complete = sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder}: {error}\n"
+                f"Complete ones there are untouched (steps {complete}). Free space or mend the disk, then run the same "
+                "command again: it continues from the newest."
+            ) from error
+
+    def _read(self, step: int, items: ocp.args.Composite):
+        try:
+            return self._manager.restore(step, args=items)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {self.folder / str(step)} cannot be restored ({error}). If it is damaged, remove that folder "
+                "and run again: the run continues from the one before."
+            ) from error
+
+
+def abstract_arrays(shapes: Any, shardings: Any) -> Any:
+    """Shapes with the places where the arrays shall be restored."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+
+
+def read_train_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """`train_config.json` of a training folder."""
+    path = Path(workdir) / CONFIG_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a folder written by a2d_jax.train.") from error
+
+
+def load_trained(
+    workdir: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, step: int | None = None, remat: str = "none"
+) -> Transformer:
+    """The model of a training folder at a step (None: the newest); an adapter is left unmerged on its base.
+
+    Raises:
+      ValueError: no such step, or an adapter whose base folder is gone.
+    """
+    settings = read_train_config(workdir)
+    if settings["lora"] is None:
+        hf = Path(workdir) / HF_FOLDER
+        config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
+        model = abstract_model(config, dtypes, remat)
+    else:
+        model = load_base(settings["model"]["checkpoint"], mesh, dtypes, remat)
+        add_lora(model, LoRAConfig(**settings["lora"] | {"targets": tuple(settings["lora"]["targets"])}), nnx.Rngs(0))
+    graphdef, trained, frozen = split_model(model)
+    abstract = abstract_arrays(pure(trained), pure(shardings_of(trained, mesh)))
+    checkpoints = Checkpoints(workdir, is_read_only=True)
+    try:
+        params = checkpoints.restore_params(step, abstract)
+    finally:
+        checkpoints.close()
+    return nnx.merge(graphdef, params, pure(frozen))
+
+
+def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """The weights that training starts from, an adapter of an earlier run merged into them."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"no folder {os.fspath(folder)!r} with the base model; put it back, or name where it is now.")
+    return merge_adapter(load_pretrained(folder, mesh, dtypes.compute, param_dtype=dtypes.param, remat=remat))

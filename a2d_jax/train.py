@@ -1,0 +1,266 @@
+"""Program: train a masked-diffusion model, A2D alignment or plain, all weights or an adapter.
+
+    python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir DIR [--dry_run]
+    python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir DIR --config.optimizer.learning_rate=1e-5
+
+Run again with the same folder and it continues. A config file sets what differs from `settings.default_config()`:
+
+    model.checkpoint          base model: a Hugging Face, converted or training folder
+    model.from_scratch        take only config.json and the tokenizer from there, and draw the weights from the seed
+    objective                 "llada" | "dream"; None: by the model's family
+    lora                      None = train every weight, or {rank, alpha, dropout, targets}
+    dtypes.{param,compute}    "float32" | "bfloat16": stored weights (frozen ones under lora); activations and matmuls
+    remat                     "none" | "dots" | "full": what the backward pass recomputes
+    data.files                .jsonl, .parquet or a2d_jax.safety_rows folders
+    data.*                    row_length, buckets, weights (of each file), harmful_share, ...: see data.DataConfig
+    batch_size                rows of one update over all devices, computed in grad_accum_steps parts
+    num_epochs | num_steps    how long
+    mask_eps                  the smallest masking probability
+    optimizer.*               learning_rate, weight_decay, b1, b2, eps, schedule, warmup_steps, clip_norm
+    mesh.{data,fsdp,tensor}   devices along each axis, one may be -1
+    seed, log_every, checkpoint_every (None: at the end), keep
+
+The folder: see `a2d_jax/checkpoint.py`; besides, metrics.jsonl (one object a step) and tensorboard/.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import config_flags
+
+from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, load_base, read_train_config
+from a2d_jax.config import load_config
+from a2d_jax.data import Batch, make_loader
+from a2d_jax.hf_io import write_json
+from a2d_jax.losses import objective_of
+from a2d_jax.metrics import MetricWriter
+from a2d_jax.models.lora import add_lora
+from a2d_jax.models.transformer import Transformer
+from a2d_jax.orbax_io import HF_FOLDER, copy_companions
+from a2d_jax.pretrained import hf_files
+from a2d_jax.settings import RunConfig, check_resumable
+from a2d_jax.sharding import make_mesh
+from a2d_jax.tokenizer import load_tokenizer
+from a2d_jax.training import (
+    Objective,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_shardings,
+    make_update,
+    pure,
+    split_model,
+)
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder to write, and to continue from")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan and stop")
+
+
+def say(text: str) -> None:
+    """Prints once, whatever the number of hosts."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def train(
+    config: Mapping, workdir: str | Path, is_dry_run: bool = False, devices: Sequence[jax.Device] | None = None
+) -> None:
+    """Trains as the config says, or continues what `workdir` holds. `devices`: all of them by default."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # The run: its config, and whether the folder holds an earlier part of it
+    # ------------------------------------------------------------------------------------------------------------------
+    run = RunConfig.from_dict(config)
+    workdir = Path(workdir).absolute()
+    is_continued = (workdir / CONFIG_NAME).is_file()
+    settings = run.to_json()
+    settings["model"]["checkpoint"] = str(Path(run.model.checkpoint).absolute())
+    if is_continued:
+        check_resumable(read_train_config(workdir), settings, run.optimizer.schedule)
+
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices)
+    rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
+    if run.batch_size % rows_at_once:
+        raise ValueError(
+            f"config.batch_size={run.batch_size} does not split over data={mesh.shape['data']} x fsdp="
+            f"{mesh.shape['fsdp']} devices in grad_accum_steps={run.grad_accum_steps} parts; use a multiple of "
+            f"{rows_at_once}."
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Data, and the model as shapes
+    # ------------------------------------------------------------------------------------------------------------------
+    base = hf_files(run.model.checkpoint)
+    model_config, tokenizer = load_config(base), load_tokenizer(base)
+    dtypes = run.dtypes.resolve()
+    loader = make_loader(
+        run.files, tokenizer, run.data, run.batch_size, run.seed, jax.process_index(), jax.process_count()
+    )
+    num_steps = run.num_steps or math.ceil(run.num_epochs * loader.summary.num_rows / run.batch_size)
+
+    def with_adapter(model: Transformer) -> Transformer:
+        if run.lora is not None:
+            add_lora(model, run.lora, nnx.Rngs(run.seed))
+        return model
+
+    shapes = nnx.eval_shape(lambda: with_adapter(Transformer(model_config, dtypes, remat=run.remat)))
+    graphdef, trained_shapes, frozen_shapes = split_model(shapes)
+    optimizer = make_optimizer(run.optimizer, num_steps)
+    shardings = make_shardings(trained_shapes, frozen_shapes, optimizer, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The plan
+    # ------------------------------------------------------------------------------------------------------------------
+    objective = Objective(
+        run.objective or objective_of(model_config.family), tokenizer.mask_id, tokenizer.eos_id,
+        run.mask_eps, run.grad_accum_steps, run.seed,
+    )  # fmt: skip
+    origin = "from scratch after" if run.model.from_scratch else "from"
+    what = "every weight"
+    if run.lora is not None:
+        what = f"LoRA r={run.lora.rank} alpha={run.lora.alpha:g} on {', '.join(shapes.lora.targets)}"
+    num_params, num_trained = count(trained_shapes) + count(frozen_shapes), count(trained_shapes)
+    optimization, device = run.optimizer, mesh.devices.flat[0]
+    say(
+        f"model      {model_config.family}, {model_config.num_layers} layers of width {model_config.width}, vocabulary "
+        f"{model_config.vocab_size}, {num_params:,} parameters; {origin} {run.model.checkpoint}\n"
+        f"training   {what}: {num_trained:,} parameters in float32; compute {run.dtypes.compute}, remat {run.remat}\n"
+        f"objective  {objective.name}, [MASK] {objective.mask_id}, [EOS] {objective.eos_id}, eps {run.mask_eps:g}\n"
+        f"optimizer  AdamW, {optimization.schedule} rate {optimization.learning_rate:g} after "
+        f"{optimization.warmup_steps} warm-up steps, weight decay {optimization.weight_decay:g}, clip "
+        f"{optimization.clip_norm}\n"
+        f"devices    {mesh.size} {device.device_kind} on {jax.process_count()} hosts, mesh {dict(mesh.shape)}\n"
+        f"data       {str(loader.summary).replace(chr(10), chr(10) + ' ' * 11)}\n"
+        f"batches    {run.batch_size} rows in {run.grad_accum_steps} parts, lengths {list(loader.buckets)}; "
+        f"{loader.steps_per_epoch} a pass over the data\n"
+        f"steps      {num_steps}, checkpoint every {run.checkpoint_every or num_steps}, the newest {run.keep} kept\n"
+        f"writes     {workdir}"
+    )
+    if is_dry_run:
+        return
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The folder: complete in itself before the first step
+    # ------------------------------------------------------------------------------------------------------------------
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not is_continued:
+            copy_companions(base, workdir / HF_FOLDER)
+        write_json(workdir / CONFIG_NAME, settings)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Weights. Order of precedence: the folder's newest checkpoint, then the base's weights or random ones.
+    # ------------------------------------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(workdir, run.keep)
+    first_step = checkpoints.latest_step() or 0
+    if first_step >= num_steps:
+        say(f"already trained for {first_step} steps, nothing to do: {workdir}")
+        checkpoints.close()
+        return
+    params, frozen = None, {}
+    if run.lora is not None or not (first_step or run.model.from_scratch):
+        _, trained, frozen = split_model(with_adapter(load_base(run.model.checkpoint, mesh, dtypes, run.remat)))
+        params = jax.device_put(pure(trained), shardings.state.params)
+        frozen = jax.device_put(pure(frozen), shardings.frozen)
+        del trained
+    elif not first_step:
+        random = lambda: pure(nnx.state(Transformer(model_config, dtypes, rngs=nnx.Rngs(run.seed))))  # noqa: E731
+        params = jax.jit(random, out_shardings=shardings.state.params)()
+
+    start = partial(init_state, optimizer=optimizer)
+    batches = iter(loader)
+    if first_step:
+        abstract = abstract_arrays(jax.eval_shape(start, pure(trained_shapes)), shardings.state)
+        state, data_state = checkpoints.restore(first_step, abstract)
+        batches.set_state(data_state)
+        say(f"continuing after step {first_step}")
+    else:
+        state = jax.jit(start, donate_argnums=0, out_shardings=shardings.state)(params)
+    del params
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop. The host queues steps and reads their numbers only when it logs or saves, so devices never wait for it.
+    # ------------------------------------------------------------------------------------------------------------------
+    update = make_update(graphdef, objective, optimizer, learning_rate(run.optimizer, num_steps), shardings)
+    writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
+    place = partial(jax.make_array_from_process_local_data, shardings.batch)
+    queued, seen_lengths, started = [], set(), time.monotonic()
+    window_start = started
+
+    def report() -> None:
+        """Reads the queued steps, writes them and prints one line; stops the run at a loss that is not a number."""
+        nonlocal window_start
+        lines = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(queued)]
+        seconds, window_start = time.monotonic() - window_start, time.monotonic()
+        step, rate = int(lines[-1]["step"]), len(lines) / seconds
+        tokens_per_second = sum(line["num_tokens"] for line in lines) / seconds
+        good = [line | {"tokens_per_second": tokens_per_second} for line in lines if line.pop("is_finite")]
+        queued.clear()
+        if writer is not None:
+            writer.write(good)
+        if len(good) < len(lines):
+            bad = lines[len(good)]
+            raise FloatingPointError(
+                f"step {int(bad['step'])}: loss {bad['loss']}, gradient norm {bad['grad_norm']}; the update was not "
+                f"applied and the run stopped. The last good checkpoint is of step {checkpoints.latest_step()} in "
+                f"{checkpoints.folder}. Start in a new --workdir with a lower config.optimizer.learning_rate, or set "
+                "config.optimizer.clip_norm."
+            )
+        mean_loss = np.mean([line["loss"] for line in good])
+        say(
+            f"step {step}/{num_steps}  loss {mean_loss:.4f}  {rate:.2f} steps/s  {tokens_per_second:.0f} tokens/s  "
+            f"ETA {clock((num_steps - step) / rate)}"
+        )
+        checkpoints.check()
+
+    with jax.set_mesh(mesh):
+        for step in range(first_step + 1, num_steps + 1):
+            batch = next(batches)
+            if batch.tokens.shape[1] not in seen_lengths:
+                seen_lengths.add(batch.tokens.shape[1])
+                say(f"step {step}: the first batch of length {batch.tokens.shape[1]}, compiling")
+            num_tokens = np.sum(batch.attention_mask) * jax.process_count()
+            state, metrics = update(state, frozen, Batch(*map(place, batch)))
+            queued.append({"step": step, **metrics, "num_tokens": num_tokens})
+            is_saved = step == num_steps or (run.checkpoint_every and step % run.checkpoint_every == 0)
+            if is_saved or step % run.log_every == 0:
+                report()  # before a checkpoint, which must hold nothing broken
+            if is_saved:
+                checkpoints.save(step, state, batches.get_state())
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The end
+    # ------------------------------------------------------------------------------------------------------------------
+    checkpoints.wait()
+    checkpoints.close()
+    if writer is not None:
+        writer.close()
+    seconds, newest = time.monotonic() - started, checkpoints.folder / str(num_steps)
+    say(f"trained {num_steps - first_step} steps in {clock(seconds)}: {newest}")
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    train(_CONFIG.value, _WORKDIR.value, _DRY_RUN.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,217 @@
+"""The training step: corrupt, score, accumulate, clip, update; arrays in, arrays out.
+
+One update is one jitted function of (state, frozen weights, clean batch). Its randomness comes from the seed and the
+step number alone, so a run that is stopped and restored repeats itself exactly. The weights of the loss are taken over the
+whole batch before it is cut into micro-batches: the number of parts changes memory, not the result.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from a2d_jax.losses import align_logits, cross_entropy, position_weights
+from a2d_jax.masking import corrupt
+from a2d_jax.models.transformer import Transformer
+from a2d_jax.sharding import RULES, param_shardings
+
+Params = dict[str, Any]  # nested: our parameter paths -> arrays
+
+# Share of the run behind us (0 .. 1, warm-up excluded) -> share of the learning rate.
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+}
+# Norm scales and biases are not decayed.
+_DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, decoupled weight decay; the defaults are the A2D paper's. clip_norm: of the global gradient; None: off."""
+
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What one update optimises. `name` is a key of `losses.OBJECTIVES`; ids are the model's."""
+
+    name: str
+    mask_id: int
+    eos_id: int
+    mask_eps: float = 1e-3
+    grad_accum_steps: int = 1
+    seed: int = 0
+
+
+class TrainState(NamedTuple):
+    """What training changes. `step` counts the updates applied; `is_finite` turns False for good at the first loss or
+    gradient that is not a number, and from then on nothing changes any more."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array  # () int32
+    is_finite: jax.Array  # () bool
+
+
+class Shardings(NamedTuple):
+    """Where state, frozen weights, batch and metrics live on the mesh."""
+
+    state: TrainState
+    frozen: Params
+    batch: NamedSharding
+    metrics: NamedSharding
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of an update by its number, from 0: a linear rise over `warmup_steps`, then the schedule."""
+
+    def rate(step: jax.Array) -> jax.Array:
+        rise = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+        return config.learning_rate * rise * SCHEDULES[config.schedule](jnp.clip(progress, 0.0, 1.0))
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW."""
+
+    def is_decayed(params: Params) -> Params:
+        return jax.tree.map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
+
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adamw = optax.adamw(
+        learning_rate(config, num_steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
+        mask=is_decayed,
+    )  # fmt: skip
+    return optax.chain(clip, adamw)
+
+
+def split_model(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, trained, frozen): the adapter is trained where the model carries one, else every weight."""
+    trained = nnx.Param if model.lora is None else nnx.LoRAParam
+    return nnx.split(model, trained, ...)
+
+
+def pure(state: nnx.State) -> Params:
+    """A module's state as a nested dict of arrays."""
+    return nnx.to_pure_dict(state)
+
+
+def make_shardings(
+    trained: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Shardings:
+    """Placement by the rules table; a moment of the optimizer lies where its parameter does."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = pure(param_shardings(trained, mesh))
+    opt_state = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, pure(trained)), params,
+        transform_non_params=lambda _: everywhere,
+    )  # fmt: skip
+    return Shardings(
+        state=TrainState(params, opt_state, everywhere, everywhere),
+        frozen=pure(param_shardings(frozen, mesh)),
+        batch=NamedSharding(mesh, PartitionSpec(RULES["batch"])),
+        metrics=everywhere,
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool(True))
+
+
+def split_rows(array: jax.Array, num_parts: int) -> jax.Array:
+    """(B, ...) -> (parts, B / parts, ...). Part i takes rows i, i + parts, ...: each device keeps its own rows."""
+    return array.reshape(-1, num_parts, *array.shape[1:]).swapaxes(0, 1)
+
+
+def loss_and_grads(
+    graphdef: nnx.GraphDef, objective: Objective, params: Params, frozen: Params, noised, attention_mask, dropout_key
+) -> tuple[jax.Array, Params]:
+    """Loss of each row (B,), whose sum is the A2D loss of the batch, and the gradient of that sum, float32."""
+    weights = position_weights(noised, objective.name)  # (B, T), of the whole batch
+    num_parts = objective.grad_accum_steps
+
+    def loss_of_part(params: Params, part, key) -> tuple[jax.Array, jax.Array]:
+        noisy_tokens, targets, part_weights, mask = part  # each (B / parts, T)
+        logits = nnx.merge(graphdef, params, frozen)(noisy_tokens, mask, dropout_key=key)
+        token_loss = part_weights * cross_entropy(align_logits(logits, objective.name), targets)
+        row_loss = jnp.sum(token_loss, axis=1)
+        return jnp.sum(row_loss), row_loss
+
+    def add_part(grads: Params, part_and_index) -> tuple[Params, jax.Array]:
+        part, index = part_and_index
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        (_, row_loss), part_grads = jax.value_and_grad(loss_of_part, has_aux=True)(params, part, key)
+        return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), grads, part_grads), row_loss
+
+    parts = (noised.noisy_tokens, noised.tokens, weights, attention_mask)
+    parts = jax.tree.map(lambda array: split_rows(array, num_parts), parts)
+    zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
+    grads, row_loss = jax.lax.scan(add_part, zeros, (parts, jnp.arange(num_parts)))  # row_loss (parts, B / parts)
+    return row_loss.swapaxes(0, 1).reshape(-1), grads
+
+
+def make_update(
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shardings: Shardings,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted update(state, frozen, batch) -> (state, metrics); the state is donated. Call it under `jax.set_mesh`.
+
+    batch is a `data.Batch`. Metrics are float32 scalars: loss = loss_harmful + loss_retain (the parts that harmful and
+    retain rows add), grad_norm before clipping, learning_rate, num_masked, num_harmful (rows), is_finite.
+    """
+
+    def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        # Keys depend on the step alone: a restored run repeats itself.
+        corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(objective.seed), state.step))
+        noised = corrupt(
+            corrupt_key, batch.tokens, batch.is_response, batch.is_safe,
+            mask_id=objective.mask_id, eos_id=objective.eos_id, eps=objective.mask_eps,
+        )  # fmt: skip
+        row_loss, grads = loss_and_grads(
+            graphdef, objective, state.params, frozen, noised, batch.attention_mask, dropout_key
+        )
+        loss, grad_norm = jnp.sum(row_loss), optax.global_norm(grads)
+        is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(optax.apply_updates(state.params, steps), opt_state, state.step + 1, is_finite)
+        # A broken update is not applied, and neither is any that was already queued behind it.
+        new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state._replace(is_finite=is_finite))
+        metrics = {
+            "loss": loss,
+            "loss_harmful": jnp.sum(jnp.where(batch.is_safe, 0.0, row_loss)),
+            "loss_retain": jnp.sum(jnp.where(batch.is_safe, row_loss, 0.0)),
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "num_masked": jnp.sum(noised.is_masked),
+            "num_harmful": jnp.sum(~batch.is_safe),
+            "is_finite": is_finite,
+        }
+        return new, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
+
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        out_shardings=(shardings.state, shardings.metrics),
+    )

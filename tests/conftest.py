@@ -1,0 +1,28 @@
+"""Before JAX is imported: eight virtual CPU devices for the mesh tests, quick compilation, and a cache of what was compiled.
+
+Single-device tests run on the first of the eight. Tiny programs spend their time in the compiler, not in the compiled code,
+so its optimiser is off.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # the partitioner's notes on shapes this small
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Folder of the reference outputs; its README says what each holds."""
+    return Path(__file__).parent / "fixtures"
