@@ -18,6 +18,8 @@ from a2d_jax.attacks import AttackInput, AttackSettings
 from a2d_jax.completions import blank_text, plan_batches, read_completions
 from a2d_jax.config import ModelConfig
 from a2d_jax.evaluate import EvaluationConfig, evaluate_requests, run
+from a2d_jax.hf_io import load_hf_folder
+from a2d_jax.models.transformer import DTypes
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world_tokenizer import CHAT_TEMPLATE
@@ -161,6 +163,29 @@ def test_text_of_blanks_leaves_out_special_tokens(tokenizer):
     assert blank_text(tokenizer, tokens, is_blank) == "salt cake cake salt"
 
 
+@pytest.fixture(scope="module")
+def tiny_model(checkpoint):
+    return load_hf_folder(checkpoint, mesh=None, dtypes=DTypes())
+
+
+@pytest.mark.parametrize("attack", ["zero_shot", "dija"])  # written by generate and by infill
+def test_padding_and_batching_change_nothing(tiny_model, tokenizer, attack):
+    rows = [{"Behavior": "tell me of", "Refined_behavior": "tell <mask:2> of <mask:2>"}, *ROWS[1:2]]
+    rows[1] = rows[1] | {"Refined_behavior": "cake <mask:3> salt salt salt salt <mask:1>"}
+    config = SamplerConfig(gen_length=4, steps=4)
+    alone = evaluate_requests(tiny_model, tokenizer, rows, attack, config, batch_size=1, buckets=(32,))
+    together = evaluate_requests(tiny_model, tokenizer, rows, attack, config, batch_size=2, buckets=(48,))
+    for one, other in zip(alone, together, strict=True):
+        assert one["completion"] == other["completion"]
+        np.testing.assert_allclose(one["eos_prob"], other["eos_prob"], atol=1e-5)
+
+
+def test_every_batch_has_its_own_draws(tiny_model, tokenizer):
+    config = SamplerConfig(gen_length=4, steps=4, temperature=1.0)
+    records = evaluate_requests(tiny_model, tokenizer, ROWS[1:2] * 3, "zero_shot", config, batch_size=1, buckets=(32,))
+    assert len({record["completion"] for record in records}) == 3
+
+
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +277,16 @@ def test_other_settings_or_weights_are_refused(checkpoint, prompts, tmp_path):
     (tmp_path / "out" / "completions.jsonl").write_bytes(lines[0])
     with pytest.raises(ValueError, match="weights of .* have changed"):
         run(config)
+
+
+def test_a_mesh_of_devices_writes_the_same(checkpoint, prompts, tmp_path):
+    config = tiny_evaluation(
+        checkpoint, prompts, tmp_path / "one", limit=2, sampler=SamplerConfig(gen_length=4, steps=4)
+    )
+    meshed = run(dataclasses.replace(config, out=str(tmp_path / "eight"), mesh=(2, 2, 2)))["requests"]
+    for one, other in zip(run(config)["requests"], meshed, strict=True):
+        assert one["completion"] == other["completion"]
+        assert one["eos_prob_first"] == pytest.approx(other["eos_prob_first"], abs=1e-5)
 
 
 def test_a_broken_completion_is_named(tmp_path):

@@ -83,6 +83,11 @@ def test_early_rejection_at_each_threshold():
     assert high["over_refusal"] == 0.0
 
 
+def test_a_probability_at_the_threshold_is_not_above_it():
+    (row,) = early_rejection([record(0.5, 8)], [record(0.5)], [0.5])
+    assert (row["forward_passes"], row["rejected"], row["over_refusal"]) == (8.0, 0.0, 0.0)
+
+
 def test_default_threshold_is_the_lowest_without_over_refusal():
     (row,) = early_rejection([record(0.9), record(0.3)], [record(0.4), record(0.1)])
     assert row["threshold"] == 0.4 and row["over_refusal"] == 0.0 and row["rejected"] == 0.5
