@@ -234,7 +234,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], 
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for i, token in sorted(added.items()):
         if token.content not in known:  # one that the BPE has as a word keeps its id
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
             raise ValueError(
                 f"{folder}: wrong vocabulary for the tokenizer: the added token {token.content!r} should have id {i}, "

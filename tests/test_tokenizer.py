@@ -7,13 +7,27 @@ import socket
 import numpy as np
 import pytest
 import transformers
-from tokenizer_folders import LLADA_TEMPLATE, SENTENCES, write_dream, write_json, write_llada, write_llama2
+from tokenizer_folders import (
+    CHATML_TEMPLATE,
+    LLADA_TEMPLATE,
+    SENTENCES,
+    write_dream,
+    write_json,
+    write_llada,
+    write_llama2,
+)
 
 from a2d_jax.tokenizer import load_tokenizer
 
 TEXTS = [
-    *SENTENCES, "don't  stop\r\n\n  now\t!", "  leading", "e\u0301 decomposed", "12345", "", "emoji 🙂 <|endoftext|>",
-]  # fmt: skip
+    *SENTENCES,
+    "don't  stop\r\n\n  now\t!",
+    "  leading , I ca n't .",
+    "ﬁ ① Ⅳ e\u0301 decomposed",
+    "12345",
+    "",
+    "emoji 🙂 <|endoftext|><tool_call>",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +71,8 @@ def test_same_ids_and_text_as_transformers(name, request, references):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids
         assert ours.decode(np.array(ids, np.int32)) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+        without_special = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids, skip_special_tokens=True) == without_special
     chat = [{"role": "user", "content": SENTENCES[0]}]
     prompt = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert ours.encode_prompt(SENTENCES[0]) == theirs(prompt, add_special_tokens=False)["input_ids"]
@@ -94,6 +110,15 @@ def test_turns_end_with_end_of_turn_and_eos(llada, dream, llama):
     assert prompt == llama.encode("<s>[INST] How? [/INST]")
     assert response.count(llama.eos_id) == 1 and response[-1] == llama.eos_id
     assert llama.decode(response[:-1]).strip() == "Mix the flour."
+
+
+def test_end_of_turn_is_a_special_token(folders, tmp_path):
+    shutil.copytree(folders["dream"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(
+        CHATML_TEMPLATE.replace("'<|im_end|>' + ", "'<tool_call><|im_end|>' + ")
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eot_id == tokenizer.encode("<|im_end|>")[0]
 
 
 def test_end_of_turn_inside_a_response_does_not_cut_it(llada):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = [
     "Mix the flour with butter, then add two eggs and bake for 40 minutes.",
@@ -123,6 +123,9 @@ def write_llama2(folder: Path) -> Path:
         vocab_size=390, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
     )
     tokenizer.train_from_iterator(SENTENCES[:3], trainer)
+    # As LLaMA's file does: a plain call begins with <s>.
+    start = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in special]
     write_json(folder / "tokenizer.json", data)
