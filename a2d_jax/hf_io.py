@@ -77,14 +77,15 @@ class SafetensorsFolder:
         for path, wanted in self._files().items():
             try:
                 with safe_open(path, framework="np") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                    here = list(file.keys())
+                    for name in here:
                         self.shapes[name] = tuple(file.get_slice(name).get_shape())
                         self.file_of[name] = path
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{path} cannot be read as safetensors ({error}); the file is truncated, damaged or absent: copy it again."
                 ) from error
-            lost = sorted(set(wanted) - self.shapes.keys())
+            lost = sorted(set(wanted) - set(here))
             if lost:
                 raise ValueError(f"{self.folder / INDEX_NAME} places {lost} in {path.name}, which does not hold them.")
 

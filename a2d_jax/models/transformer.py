@@ -47,7 +47,8 @@ class Linear(nnx.Module):
     def __init__(self, fan_in, fan_out, *, axes, dtypes: DTypes, has_bias: bool = False, rngs: nnx.Rngs):
         init = jax.random.normal(rngs.params(), (fan_in, fan_out), dtypes.param) * 0.02
         self.kernel = nnx.Param(init, logical_axes=axes)
-        self.bias = nnx.Param(jnp.zeros((fan_out,), dtypes.param), logical_axes=axes[1:]) if has_bias else None
+        bias = nnx.Param(jnp.zeros((fan_out,), dtypes.param), logical_axes=axes[1:]) if has_bias else None
+        self.bias = nnx.data(bias)
         self.lora_a = self.lora_b = nnx.data(None)
         self.lora_scale = self.lora_dropout = 0.0
         self.dtypes = dtypes
@@ -83,15 +84,22 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token vectors; also the head where the checkpoint ties them."""
+    """Token vectors; also the head where the checkpoint ties them.
 
-    def __init__(self, vocab_size: int, width: int, dtypes: DTypes, rngs: nnx.Rngs):
+    The vector of `padding_id` is not trained as an input (torch's `padding_idx`, which transformers' models set).
+    """
+
+    def __init__(self, vocab_size: int, width: int, padding_id: int | None, dtypes: DTypes, rngs: nnx.Rngs):
         init = jax.random.normal(rngs.params(), (vocab_size, width), dtypes.param) * 0.02
         self.embedding = nnx.Param(init, logical_axes=("vocab", "embed"))
+        self.padding_id = padding_id
         self.dtypes = dtypes
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens].astype(self.dtypes.compute)  # (B, T, D)
+        vectors = self.embedding[...][tokens].astype(self.dtypes.compute)  # (B, T, D)
+        if self.padding_id is None:
+            return vectors
+        return jnp.where((tokens == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
         embedding = self.embedding[...].astype(self.dtypes.compute)
@@ -186,7 +194,8 @@ class Transformer(nnx.Module):
         self.dtypes = dtypes
         self.remat = remat
         self.lora: LoRAConfig | None = nnx.static(None)
-        self.embed = Embed(config.vocab_size, config.width, dtypes, rngs)
+        padding_id = None if config.family == "llada" else config.pad_id  # LLaDA's own code has no padding_idx
+        self.embed = Embed(config.vocab_size, config.width, padding_id, dtypes, rngs)
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = nnx.vmap(lambda key: Block(config, dtypes, nnx.Rngs(key)))(layer_keys)
         self.final_norm = RMSNorm(config.width, config.norm_eps, dtypes)

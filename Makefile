@@ -1,0 +1,40 @@
+# make demo: the whole method on the embedded example.   make test: the whole test suite.
+# Both work from a fresh clone on CPython 3.11; everything is installed into .venv/.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Compiled programs are kept between runs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+.PHONY: demo test env lint bench clean
+
+env: .venv/.run-installed
+
+demo: .venv/.run-installed
+	$(BIN)/python -m a2d_jax.demo --out demo_out
+
+test: .venv/.test-installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+lint: .venv/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.test-installed
+	$(BIN)/python -m bench.run --out bench_out
+
+.venv/.run-installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "CPython 3.11 or later is needed; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# PyTorch first and by its exact version, so that nothing pulls an accelerator build.
+.venv/.test-installed: .venv/.run-installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .jax_cache demo_out bench_out

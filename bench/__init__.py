@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench` runs all, each writes a table to bench_out/<name>.json."""
