@@ -10,22 +10,20 @@ Padding follows the definition of the loss, whose value depends on the longest r
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import operator
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from a2d_jax.draws import DrawOrder
 from a2d_jax.rows import Row, RowFile, parse_row, read_rows
 from a2d_jax.tokenizer import Tokenizer
 
 _NUM_EXAMPLES = 5  # rows named in a message or report
-_MAX_CYCLE = 10_000  # draws after which the mixing of pools repeats, at most
 
 
 class Batch(NamedTuple):
@@ -231,46 +229,6 @@ def collate(
     return Batch(tokens, is_response, attention_mask.copy(), encoded.is_safe[indices])
 
 
-class _DrawOrder:
-    """Row numbers of each step's global batch: endless, and any step at once, as Grain's random-access sources are.
-
-    Pools take turns in a cycle that holds each of them as often as its share says. The length of the cycle is the
-    smallest that gives every pool a whole number of draws; where _MAX_CYCLE draws are too few for that, shares are
-    rounded to so many. Each pool is passed through in a new order each epoch. (Not by Grain's shuffle, which takes up
-    to 10 ms a row in a pool of few rows.)
-    """
-
-    def __init__(self, pools: Sequence[tuple[np.ndarray, float]], batch_size: int, seed: int):
-        self._rows = [rows for rows, _ in pools]
-        self._batch_size = batch_size
-        self._seed = seed
-        shares = np.array([share for _, share in pools])
-        shares /= shares.sum()
-        lengths = np.arange(1, _MAX_CYCLE + 1)[:, None]
-        is_whole = np.all(np.abs(shares * lengths - np.round(shares * lengths)) < 1e-6, axis=1)
-        cycle = int(np.argmax(is_whole)) + 1 if is_whole.any() else _MAX_CYCLE
-        self._counts = np.maximum(1, np.round(shares * cycle)).astype(int).tolist()
-        turns = [((turn + 0.5) / n, pool, turn) for pool, n in enumerate(self._counts) for turn in range(n)]
-        self._turns = [(pool, turn) for _, pool, turn in sorted(turns)]  # each pool's turns evenly over the cycle
-        self._order = functools.lru_cache(maxsize=4 * len(pools))(self._shuffle)
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch_size
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        draws = range(step * self._batch_size, (step + 1) * self._batch_size)
-        return np.array([self._row(draw) for draw in draws])
-
-    def _row(self, draw: int) -> int:
-        cycle, slot = divmod(draw, len(self._turns))
-        pool, turn = self._turns[slot]
-        epoch, position = divmod(cycle * self._counts[pool] + turn, len(self._rows[pool]))
-        return self._order(pool, epoch)[position]
-
-    def _shuffle(self, pool: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, pool, epoch]).permutation(self._rows[pool])
-
-
 def _pools(encoded: EncodedRows, config: DataConfig) -> list[tuple[np.ndarray, float]]:
     """Row numbers to shuffle together, and the share of draws that they get."""
     names = [name for name, _ in encoded.summary.rows_per_file]
@@ -331,7 +289,7 @@ class Loader:
         self.steps_per_epoch = math.ceil(encoded.summary.num_rows / batch_size)
         self.fingerprint = _fingerprint(encoded, config, eos_id, batch_size, seed)
 
-        order = _DrawOrder(_pools(encoded, config), batch_size, seed)
+        order = DrawOrder(_pools(encoded, config), batch_size, seed)
         own = slice(process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count)
         self._batches = grain.MapDataset.source(order).map(
             lambda indices: collate(encoded, indices, eos_id, config.buckets, own)

@@ -217,6 +217,12 @@ def test_odd_weights_come_out_right_over_many_draws():
     np.testing.assert_allclose([counts[i] / 20_000 for i in range(4)], np.array(weights) / sum(weights), atol=1e-4)
 
 
+def test_pool_of_tiny_share_gets_one_turn_a_cycle():
+    encoded = encoded_rows([1] * 2, file_index=[0, 1])
+    loader = Loader(encoded, DataConfig(row_length=4, weights=(1e-9, 1)), EOS, batch_size=1000, seed=0)
+    assert drawn(loader, 10).count(0) == 1
+
+
 # ---- rows to tokens ----
 
 
