@@ -60,7 +60,7 @@ class DataConfig:
         if not self.buckets:
             steps = {math.ceil(self.row_length * quarter / 4) for quarter in (1, 2, 3, 4)}
             object.__setattr__(self, "buckets", tuple(sorted(steps)))
-        if list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1 or self.buckets[-1] < self.row_length:
+        if sorted(set(self.buckets)) != list(self.buckets) or self.buckets[0] < 1 or self.buckets[-1] < self.row_length:
             raise ValueError(
                 f"buckets={self.buckets} must grow and end at row_length={self.row_length} or above; e.g. "
                 f"({math.ceil(self.row_length / 2)}, {self.row_length})"

@@ -14,8 +14,8 @@ class DrawOrder:
 
     Pools take turns in a cycle that holds each of them as often as its share says. The length of the cycle is the
     smallest that gives every pool a whole number of draws; where _MAX_CYCLE draws are too few for that, shares are
-    rounded to so many, one turn at least. Each pool is passed through in a new order each epoch. (Not by Grain's shuffle, which takes up
-    to 10 ms a row in a pool of few rows.)
+    rounded to so many, one turn at least. Each pool is passed through in a new order each epoch. (Not by Grain's
+    shuffle, which takes up to 10 ms a row in a pool of few rows.)
 
     Args:
       pools: (row numbers, share of the draws) of each pool.
