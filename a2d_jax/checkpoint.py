@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 
 from a2d_jax.config import load_config
 from a2d_jax.hf_io import abstract_model, read_weight_map, shardings_of
-from a2d_jax.models.lora import LoRAConfig, add_lora, merge_adapter
+from a2d_jax.models.lora import add_lora, merge_adapter
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.orbax_io import HF_FOLDER
 from a2d_jax.pretrained import load_pretrained
+from a2d_jax.settings import RunConfig
 from a2d_jax.training import TrainState, pure, split_model
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -99,8 +100,8 @@ class Checkpoints:
             return self._manager.restore(step, args=items)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(
-                f"checkpoint {self.folder / str(step)} cannot be restored ({error}). If it is damaged, remove that folder "
-                "and run again: the run continues from the one before."
+                f"checkpoint {self.folder / str(step)} cannot be restored ({error}). If it is damaged, remove it and "
+                "run again: the run continues from the one before."
             ) from error
 
 
@@ -126,14 +127,14 @@ def load_trained(
     Raises:
       ValueError: no such step, or an adapter whose base folder is gone.
     """
-    settings = read_train_config(workdir)
-    if settings["lora"] is None:
+    run = RunConfig.from_dict(read_train_config(workdir))
+    if run.lora is None:
         hf = Path(workdir) / HF_FOLDER
         config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
         model = abstract_model(config, dtypes, remat)
     else:
-        model = load_base(settings["model"]["checkpoint"], mesh, dtypes, remat)
-        add_lora(model, LoRAConfig(**settings["lora"] | {"targets": tuple(settings["lora"]["targets"])}), nnx.Rngs(0))
+        model = load_base(run.model.checkpoint, mesh, dtypes, remat)
+        add_lora(model, run.lora, nnx.Rngs(0))
     graphdef, trained, frozen = split_model(model)
     abstract = abstract_arrays(pure(trained), pure(shardings_of(trained, mesh)))
     checkpoints = Checkpoints(workdir, is_read_only=True)

@@ -27,7 +27,7 @@ _LENGTH = ("num_steps", "num_epochs")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """checkpoint: folder of the base model, of any kind that loads. from_scratch: only its config.json and tokenizer."""
+    """checkpoint: folder of the base model, of any kind. from_scratch: only its config.json and tokenizer are used."""
 
     checkpoint: str | None = None
     from_scratch: bool = False
@@ -126,15 +126,15 @@ class RunConfig:
                 raise ValueError(f"config.{name}={getattr(self, name)}; it must be at least 1.")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
-                f"config.batch_size={self.batch_size} does not split into grad_accum_steps={self.grad_accum_steps} parts; "
-                "use a multiple."
+                f"config.batch_size={self.batch_size} does not split into grad_accum_steps={self.grad_accum_steps} "
+                "equal parts; use a multiple."
             )
         if self.model.from_scratch and self.lora is not None:
             raise ValueError("config.model.from_scratch with config.lora: an adapter needs a base; set lora=None.")
         if self.lora is None and self.dtypes.resolve().param != jnp.float32:
             raise ValueError(
-                f"config.dtypes.param={self.dtypes.param!r} with config.lora=None: trained weights are kept in float32; "
-                "set config.dtypes.param='float32' (compute may be 'bfloat16'), or train an adapter."
+                f"config.dtypes.param={self.dtypes.param!r} with config.lora=None: trained weights are kept in "
+                "float32; set config.dtypes.param='float32' (compute may be 'bfloat16'), or train an adapter."
             )
 
     def to_json(self) -> dict[str, Any]:

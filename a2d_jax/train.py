@@ -49,6 +49,7 @@ from a2d_jax.settings import RunConfig, check_resumable
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.training import (
+    METRICS,
     Objective,
     init_state,
     learning_rate,
@@ -201,29 +202,34 @@ def train(
     update = make_update(graphdef, objective, optimizer, learning_rate(run.optimizer, num_steps), shardings)
     writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
     place = partial(jax.make_array_from_process_local_data, shardings.batch)
-    queued, seen_lengths, started = [], set(), time.monotonic()
-    window_start = started
+    queued, seen_lengths = [], set()
+    started = window_start = time.monotonic()
 
     def report() -> None:
         """Reads the queued steps, writes them and prints one line; stops the run at a loss that is not a number."""
         nonlocal window_start
-        lines = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(queued)]
+        steps, num_tokens, metrics = zip(*queued, strict=True)
+        metrics = jax.device_get(metrics)  # waits for the last of them
         seconds, window_start = time.monotonic() - window_start, time.monotonic()
-        step, rate = int(lines[-1]["step"]), len(lines) / seconds
-        tokens_per_second = sum(line["num_tokens"] for line in lines) / seconds
-        good = [line | {"tokens_per_second": tokens_per_second} for line in lines if line.pop("is_finite")]
+        step, rate, tokens_per_second = steps[-1], len(steps) / seconds, sum(num_tokens) / seconds
+        num_good = sum(bool(numbers["is_finite"]) for numbers in metrics)  # all after the first bad one are marked bad
+        lines = [
+            {"step": step} | {name: float(numbers[name]) for name in METRICS} | {"tokens_per_second": tokens_per_second}
+            for step, numbers in zip(steps, metrics, strict=True)
+        ]
         queued.clear()
         if writer is not None:
-            writer.write(good)
-        if len(good) < len(lines):
-            bad = lines[len(good)]
+            writer.write(lines[:num_good])
+        if num_good < len(lines):
+            bad = lines[num_good]
+            checkpoints.wait()
             raise FloatingPointError(
-                f"step {int(bad['step'])}: loss {bad['loss']}, gradient norm {bad['grad_norm']}; the update was not "
-                f"applied and the run stopped. The last good checkpoint is of step {checkpoints.latest_step()} in "
+                f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}; the update was not applied "
+                f"and the run stopped. The last good checkpoint is of step {checkpoints.latest_step()} in "
                 f"{checkpoints.folder}. Start in a new --workdir with a lower config.optimizer.learning_rate, or set "
                 "config.optimizer.clip_norm."
             )
-        mean_loss = np.mean([line["loss"] for line in good])
+        mean_loss = np.mean([line["loss"] for line in lines])
         say(
             f"step {step}/{num_steps}  loss {mean_loss:.4f}  {rate:.2f} steps/s  {tokens_per_second:.0f} tokens/s  "
             f"ETA {clock((num_steps - step) / rate)}"
@@ -236,9 +242,9 @@ def train(
             if batch.tokens.shape[1] not in seen_lengths:
                 seen_lengths.add(batch.tokens.shape[1])
                 say(f"step {step}: the first batch of length {batch.tokens.shape[1]}, compiling")
-            num_tokens = np.sum(batch.attention_mask) * jax.process_count()
+            num_tokens = int(np.sum(batch.attention_mask)) * jax.process_count()
             state, metrics = update(state, frozen, Batch(*map(place, batch)))
-            queued.append({"step": step, **metrics, "num_tokens": num_tokens})
+            queued.append((step, num_tokens, metrics))
             is_saved = step == num_steps or (run.checkpoint_every and step % run.checkpoint_every == 0)
             if is_saved or step % run.log_every == 0:
                 report()  # before a checkpoint, which must hold nothing broken

@@ -1,8 +1,8 @@
 """The training step: corrupt, score, accumulate, clip, update; arrays in, arrays out.
 
 One update is one jitted function of (state, frozen weights, clean batch). Its randomness comes from the seed and the
-step number alone, so a run that is stopped and restored repeats itself exactly. The weights of the loss are taken over the
-whole batch before it is cut into micro-batches: the number of parts changes memory, not the result.
+step number alone, so a run that is stopped and restored repeats itself exactly. The weights of the loss are taken over
+the whole batch before it is cut into micro-batches: the number of parts changes memory, not the result.
 """
 
 import dataclasses
@@ -28,6 +28,9 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
 }
+# What an update reports. loss = loss_harmful + loss_retain, what harmful and retain rows add to it; grad_norm is taken
+# before clipping; num_masked counts tokens, num_harmful rows.
+METRICS = ("loss", "loss_harmful", "loss_retain", "learning_rate", "grad_norm", "num_masked", "num_harmful")
 # Norm scales and biases are not decayed.
 _DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
@@ -177,8 +180,7 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted update(state, frozen, batch) -> (state, metrics); the state is donated. Call it under `jax.set_mesh`.
 
-    batch is a `data.Batch`. Metrics are float32 scalars: loss = loss_harmful + loss_retain (the parts that harmful and
-    retain rows add), grad_norm before clipping, learning_rate, num_masked, num_harmful (rows), is_finite.
+    batch is a `data.Batch`; metrics are the float32 scalars of `METRICS`, and is_finite.
     """
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -191,7 +193,7 @@ def make_update(
         row_loss, grads = loss_and_grads(
             graphdef, objective, state.params, frozen, noised, batch.attention_mask, dropout_key
         )
-        loss, grad_norm = jnp.sum(row_loss), optax.global_norm(grads)
+        loss, grad_norm = jnp.sum(row_loss), optax.tree.norm(grads)
         is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, steps), opt_state, state.step + 1, is_finite)

@@ -1,7 +1,7 @@
-"""Before JAX is imported: eight virtual CPU devices for the mesh tests, quick compilation, and a cache of what was compiled.
+"""Before JAX is imported: eight virtual CPU devices for the mesh tests, quick compilation, a cache of compiled code.
 
-Single-device tests run on the first of the eight. Tiny programs spend their time in the compiler, not in the compiled code,
-so its optimiser is off.
+Single-device tests run on the first of the eight. Tiny programs spend their time in the compiler, not in the compiled
+code, so its optimiser is off.
 """
 
 import os
