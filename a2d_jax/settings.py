@@ -64,7 +64,7 @@ class RunConfig:
     lora: adapter settings; None: every weight is trained. dtypes, remat ("none", "dots", "full"): see the transformer.
     files: training rows. data: how they become batches. In a config file both live under `config.data`.
     batch_size: rows of one update, over all devices; grad_accum_steps: parts they are computed in.
-    num_epochs or num_steps: exactly one. mask_eps: the smallest masking probability.
+    num_epochs: passes over the data; num_steps goes before it. mask_eps: the smallest masking probability.
     log_every, checkpoint_every: in steps; checkpoint_every None: at the end alone. keep: newest checkpoints kept.
     """
 
@@ -110,10 +110,8 @@ class RunConfig:
             raise ValueError("config.model.checkpoint is empty; name the folder of the base model.")
         if not self.files:
             raise ValueError("config.data.files is empty; name at least one file of training rows.")
-        if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError(
-                f"config.num_epochs={self.num_epochs} and config.num_steps={self.num_steps}: set one, the other None."
-            )
+        if not (self.num_epochs or self.num_steps):
+            raise ValueError("config.num_epochs and config.num_steps are both empty; set one of them.")
         if self.objective not in (None, *OBJECTIVES):
             raise ValueError(f"config.objective={self.objective!r}; choose one of {OBJECTIVES}, or None: by family.")
         if self.remat not in REMAT_POLICIES:

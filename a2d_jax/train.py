@@ -14,7 +14,7 @@ Run again with the same folder and it continues. A config file sets what differs
     data.files                .jsonl, .parquet or a2d_jax.safety_rows folders
     data.*                    row_length, buckets, weights (of each file), harmful_share, ...: see data.DataConfig
     batch_size                rows of one update over all devices, computed in grad_accum_steps parts
-    num_epochs | num_steps    how long
+    num_epochs, num_steps     how long; num_steps goes before num_epochs
     mask_eps                  the smallest masking probability
     optimizer.*               learning_rate, weight_decay, b1, b2, eps, schedule, warmup_steps, clip_norm
     mesh.{data,fsdp,tensor}   devices along each axis, one may be -1
