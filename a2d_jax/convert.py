@@ -1,15 +1,15 @@
-"""Program: a Hugging Face folder to an Orbax checkpoint, tensor by tensor.
+"""Program: a Hugging Face folder to an Orbax checkpoint, a few tensors at a time.
 
     python -m a2d_jax.convert --source HF_DIR --target DIR
 
-Host memory peaks at the largest tensor, not at the checkpoint. With several devices each tensor is split over them (`fsdp`),
+Host memory peaks at the largest tensor plus a constant, not at the checkpoint. With several devices each tensor is split over them (`fsdp`),
 and on several hosts each writes its own part.
 """
 
 import time
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from a2d_jax.config import load_config
 from a2d_jax.models.naming import tensor_names
@@ -21,6 +21,7 @@ _TARGET = flags.DEFINE_string("target", None, "folder to write", required=True)
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     config = load_config(_SOURCE.value)
     num_tensors = len(tensor_names(config))
     num_devices = jax.device_count()

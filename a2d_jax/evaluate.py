@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 
 from a2d_jax.attacks import ATTACKS, AttackSettings, behavior_id, build_inputs, read_prompts
@@ -268,6 +268,7 @@ def _numbers(flag: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     given = flags.FLAGS
     sampler = sampler_config_from_flags()
     run(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 from a2d_jax.config import load_config
 from a2d_jax.hf_io import INDEX_NAME, save_pretrained
@@ -32,6 +32,7 @@ def base_model_of(checkpoint: str) -> str | None:
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     source, target = _CHECKPOINT.value, Path(_TARGET.value)
     if target.exists() and target.resolve() == Path(source).resolve():
         raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")

@@ -13,7 +13,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from a2d_jax.pretrained import hf_files, load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
@@ -31,6 +31,7 @@ define_sampler_flags()
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     config, key = sampler_config_from_flags(), jax.random.key(_SEED.value)
     are_templates = {has_mask_runs(prompt) for prompt in _PROMPT.value}
     if len(are_templates) > 1:

@@ -3,12 +3,11 @@
     DIR/hf/      config.json, tokenizer and every other file that is not weights, so that the folder stands alone
     DIR/params/  Orbax: {"embed", "final_norm", "lm_head", "blocks": {"0": {"q_proj": {"kernel": (in, out)}, ...}, ...}}
 
-Layers are leaves of their own: each tensor goes to disk as soon as it is read (Orbax's partial save), and the checkpoint
-appears under its name only when it is complete.
+Layers are leaves of their own: tensors go to disk in small groups as they are read (Orbax's partial save), and the
+checkpoint appears under its name only when it is complete.
 """
 
 import dataclasses
-import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from a2d_jax.models.transformer import DTypes, Transformer
 
 HF_FOLDER = "hf"
 PARAMS_FOLDER = "params"
+_GROUP_BYTES = 256_000_000  # written at once: larger groups cost memory, smaller ones a commit each
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -52,9 +52,14 @@ def copy_companions(source: str | os.PathLike, target: str | os.PathLike, except
             shutil.copyfile(file, Path(target) / file.name)
 
 
-def _nested(name: TensorName, leaf: object) -> dict:
-    keys = name.path if name.layer is None else (name.path[0], str(name.layer), *name.path[1:])
-    return functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf)
+def _insert(tree: dict, name: TensorName, leaf: object) -> dict:
+    """Puts a leaf into the nested tree of the checkpoint; returns the tree."""
+    *branches, last = name.path if name.layer is None else (name.path[0], str(name.layer), *name.path[1:])
+    node = tree
+    for branch in branches:
+        node = node.setdefault(branch, {})
+    node[last] = leaf
+    return tree
 
 
 def convert_folder(source: str | os.PathLike, target: str | os.PathLike, mesh: Mesh | None = None) -> Iterator[TensorName]:
@@ -78,11 +83,21 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, mesh: M
 
     shardings = shardings_of(nnx.state(abstract_model(config, DTypes())), mesh)
     params = (target / PARAMS_FOLDER).absolute()
+    group: dict = {}
+    names, group_bytes = [], 0
     for name in tensor_names(config):
         sharding = variable_at(shardings, name.path).get_value()
         sharding = sharding if name.layer is None else layer_sharding(sharding)
-        ocp.partial.save(params, _nested(name, place_tensor(name, folder.read, None, sharding)))
-        yield name
+        tensor = place_tensor(name, folder.read, None, sharding)
+        if names and group_bytes + tensor.nbytes > _GROUP_BYTES:
+            ocp.partial.save(params, group)
+            yield from names
+            group, names, group_bytes = {}, [], 0
+        _insert(group, name, tensor)
+        names.append(name)
+        group_bytes += tensor.nbytes
+    ocp.partial.save(params, group)
+    yield from names
     ocp.partial.finalize(params)
 
 
@@ -103,6 +118,6 @@ def load_orbax_folder(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTyp
         shape = name.shape[::-1] if name.is_transposed else name.shape
         leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         with context:
-            return jax.tree.leaves(ocp.load(params, _nested(name, leaf)))[0]
+            return jax.tree.leaves(ocp.load(params, _insert({}, name, leaf)))[0]
 
     return load_model(config, mesh, dtypes, remat, place)
