@@ -43,8 +43,12 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are complete, as the disk has them."""
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
+
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Begins to write the state after `step` updates; the arrays may be donated as soon as this returns."""
@@ -68,7 +72,7 @@ class Checkpoints:
 
     def restore_params(self, step: int | None, abstract: dict[str, Any]) -> dict[str, Any]:
         """The trained weights alone, of a step or (None) of the newest one."""
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps or step not in (None, *steps):
             raise ValueError(f"{self.folder} holds no checkpoint of step {step}; present are the steps {steps}.")
         return self._read(step or steps[-1], ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
@@ -88,11 +92,10 @@ class Checkpoints:
         try:
             action()
         except Exception as error:  # the writer reports a full disk as ValueError, OSError or its own kinds
-            complete = sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
             raise OSError(
                 f"a checkpoint could not be written to {self.folder}: {error}\n"
-                f"Complete ones there are untouched (steps {complete}). Free space or mend the disk, then run the same "
-                "command again: it continues from the newest."
+                f"Complete ones there are untouched (steps {self.steps()}). Free space or mend the disk, then run the "
+                "same command again: it continues from the newest."
             ) from error
 
     def _read(self, step: int, items: ocp.args.Composite):

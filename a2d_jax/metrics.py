@@ -25,9 +25,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
 
 class MetricWriter:
-    """Appends to a run's numbers. What lies beyond `step` is dropped first, so each step appears once."""
+    """Appends to a run's numbers. What lies beyond `step` is dropped first, so each step appears once.
 
-    def __init__(self, workdir: str | os.PathLike, step: int):
+    One host writes; `is_silent` is for the others.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, step: int, is_silent: bool = False):
+        self._is_silent = is_silent
+        if is_silent:
+            return
         path = Path(workdir) / METRICS_NAME
         if path.exists():
             kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
@@ -37,6 +43,8 @@ class MetricWriter:
 
     def write(self, lines: Sequence[Mapping[str, float]]) -> None:
         """One object a step, flushed; each has the key "step"."""
+        if self._is_silent:
+            return
         for line in lines:
             self._file.write(json.dumps(dict(line)) + "\n")
             for name, value in line.items():
@@ -46,5 +54,7 @@ class MetricWriter:
         self._tensorboard.flush()
 
     def close(self) -> None:
+        if self._is_silent:
+            return
         self._file.close()
         self._tensorboard.close()

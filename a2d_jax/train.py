@@ -1,6 +1,6 @@
 """Program: train a masked-diffusion model, A2D alignment or plain, all weights or an adapter.
 
-    python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir DIR [--dry_run]
+    python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir DIR [--dry_run] [--distributed]
     python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir DIR --config.optimizer.learning_rate=1e-5
 
 Run again with the same folder and it continues. A config file sets what differs from `settings.default_config()`:
@@ -23,6 +23,7 @@ Run again with the same folder and it continues. A config file sets what differs
 The folder: see `a2d_jax/checkpoint.py`; besides, metrics.jsonl (one object a step) and tensorboard/.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -59,10 +60,6 @@ from a2d_jax.training import (
     pure,
     split_model,
 )
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder to write, and to continue from")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan and stop")
 
 
 def say(text: str) -> None:
@@ -200,7 +197,7 @@ def train(
     # The loop. The host queues steps and reads their numbers only when it logs or saves, so devices never wait for it.
     # ------------------------------------------------------------------------------------------------------------------
     update = make_update(graphdef, objective, optimizer, learning_rate(run.optimizer, num_steps), shardings)
-    writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
+    writer = MetricWriter(workdir, first_step, is_silent=jax.process_index() > 0)
     place = partial(jax.make_array_from_process_local_data, shardings.batch)
     queued, seen_lengths = [], set()
     started = window_start = time.monotonic()
@@ -218,16 +215,14 @@ def train(
             for step, numbers in zip(steps, metrics, strict=True)
         ]
         queued.clear()
-        if writer is not None:
-            writer.write(lines[:num_good])
+        writer.write(lines[:num_good])
         if num_good < len(lines):
             bad = lines[num_good]
             checkpoints.wait()
             raise FloatingPointError(
                 f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}; the update was not applied "
-                f"and the run stopped. The last good checkpoint is of step {checkpoints.latest_step()} in "
-                f"{checkpoints.folder}. Start in a new --workdir with a lower config.optimizer.learning_rate, or set "
-                "config.optimizer.clip_norm."
+                f"and the run stopped. {checkpoints.folder} keeps the steps {checkpoints.steps()}. Start in a new "
+                "--workdir with a lower config.optimizer.learning_rate, or set config.optimizer.clip_norm."
             )
         mean_loss = np.mean([line["loss"] for line in lines])
         say(
@@ -236,7 +231,7 @@ def train(
         )
         checkpoints.check()
 
-    with jax.set_mesh(mesh):
+    with contextlib.closing(checkpoints), contextlib.closing(writer), jax.set_mesh(mesh):
         for step in range(first_step + 1, num_steps + 1):
             batch = next(batches)
             if batch.tokens.shape[1] not in seen_lengths:
@@ -250,23 +245,22 @@ def train(
                 report()  # before a checkpoint, which must hold nothing broken
             if is_saved:
                 checkpoints.save(step, state, batches.get_state())
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The end
-    # ------------------------------------------------------------------------------------------------------------------
-    checkpoints.wait()
-    checkpoints.close()
-    if writer is not None:
-        writer.close()
+        checkpoints.wait()
     seconds, newest = time.monotonic() - started, checkpoints.folder / str(num_steps)
     say(f"trained {num_steps - first_step} steps in {clock(seconds)}: {newest}")
 
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
-    train(_CONFIG.value, _WORKDIR.value, _DRY_RUN.value)
+    if flags.FLAGS.distributed:
+        jax.distributed.initialize()
+    train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.dry_run)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    config_flags.DEFINE_config_file("config", None, "the run: a file of configs/", lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder to write, and to continue from", required=True)
+    flags.DEFINE_bool("dry_run", False, "print the plan and stop")
+    flags.DEFINE_bool("distributed", False, "several hosts: each runs this command")
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -46,7 +46,7 @@ def attach(linear: nnx.Module, lora: LoRAConfig, a: jax.Array, b: jax.Array) -> 
     """Gives one projection its A (..., in, R) and B (..., R, out), float32, split over the mesh as its kernel is."""
     in_axis, out_axis = linear.kernel.logical_axes
     a, b = nnx.LoRAParam(a, logical_axes=(in_axis, "rank")), nnx.LoRAParam(b, logical_axes=("rank", out_axis))
-    sharding = linear.kernel[...].sharding
+    sharding = getattr(linear.kernel[...], "sharding", None)  # a model of shapes alone lies nowhere
     if isinstance(sharding, NamedSharding):
         for variable in (a, b):
             spec = partition_spec(logical_axes(variable), variable.shape, sharding.mesh)

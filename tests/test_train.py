@@ -1,0 +1,291 @@
+"""The training program: a run that is stopped continues bit for bit, and nothing that goes wrong costs a checkpoint."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tokenizer_folders import write_llada
+
+import a2d_jax
+from a2d_jax import data
+from a2d_jax.metrics import MetricWriter, read_metrics
+from a2d_jax.settings import RunConfig, default_config
+from a2d_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    {"prompt": f"How do I bake bread number {i}?", "response": f"Mix {i} eggs with flour.", "is_safe": i % 2 == 0}
+    for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny LLaDA folder with random weights, and its training rows."""
+    folder = write_llada(tmp_path_factory.mktemp("base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_model": 16, "n_heads": 2, "n_layers": 2}))
+    a2d_jax.save_pretrained(a2d_jax.Transformer(a2d_jax.load_config(folder)), folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def make_config(base: Path, has_adapter: bool = False, **changes):
+    config = default_config()
+    config.model.checkpoint = str(base)
+    config.data.files = (str(base / "rows.jsonl"),)
+    config.data.row_length = 96
+    config.data.buckets = (96,)  # one length, one compilation
+    config.batch_size = 4
+    config.num_steps = 6
+    config.optimizer.learning_rate = 1e-3
+    config.checkpoint_every = 3
+    config.log_every = 2
+    config.mesh.data = 1
+    if has_adapter:
+        config.lora = {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ()}
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(config, workdir: Path, **options) -> None:
+    train(config, workdir, devices=jax.devices()[:1], **options)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Call it with (step, action): the action happens when the batch of that step is asked for."""
+    asked = data.BatchIterator.__next__
+
+    def arrange(step: int, action) -> None:
+        def next_batch(self):
+            if self.get_state()["step"] == step - 1:
+                action()
+            return asked(self)
+
+        monkeypatch.setattr(data.BatchIterator, "__next__", next_batch)
+
+    yield arrange
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def saved_bytes(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, read by Orbax alone."""
+    import orbax.checkpoint as ocp
+
+    folder = workdir.absolute() / "checkpoints" / str(step)
+    arrays = {}
+    for item in ("params", "opt_state"):
+        tree = ocp.StandardCheckpointer().restore(folder / item)
+        arrays |= {
+            f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+    return arrays
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """metrics.jsonl without the one number that depends on the clock."""
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_run_stopped_after_a_checkpoint_continues_bit_for_bit(base, tmp_path, stop_at, has_adapter):
+    config = make_config(base, has_adapter)
+    run(config, tmp_path / "straight")
+    stop_at(6, interrupt)  # after the checkpoint of step 3, with the metrics of steps 4 (and not 5) written
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "stopped")
+    assert numbers(tmp_path / "stopped")[-1]["step"] == 4
+    stop_at(-1, interrupt)
+    run(config, tmp_path / "stopped")
+
+    straight, continued = (saved_bytes(tmp_path / name, 6) for name in ("straight", "stopped"))
+    assert straight.keys() == continued.keys() and len(straight) > 10
+    for name, array in straight.items():
+        assert array.tobytes() == continued[name].tobytes(), name
+    assert numbers(tmp_path / "straight") == numbers(tmp_path / "stopped")
+    assert [line["step"] for line in numbers(tmp_path / "stopped")] == [1, 2, 3, 4, 5, 6]
+    assert [entry.name for entry in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["6"]
+
+
+def test_the_command_line_survives_a_kill(base, tmp_path):
+    config_file = tmp_path / "tiny.py"
+    fields = make_config(base, num_steps=100_000).to_dict()
+    config_file.write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    command = [sys.executable, "-m", "a2d_jax.train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):  # checkpoints are being written all the time
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    newest = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert newest >= 6
+    command += [f"--config.num_steps={newest + 2}", "--config.optimizer.learning_rate=1e-3"]
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing after step {newest}" in again.stdout
+    assert "trained 2 steps in 0:00:0" in again.stdout.splitlines()[-1]
+    assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, newest + 3))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(base, tmp_path):
+    # The first update throws the weights to 1e30; the second step's loss overflows.
+    config = make_config(base, checkpoint_every=1, log_every=1, **{"optimizer.learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match=r"step 2: loss .* keeps the steps \[1\].*learning_rate"):
+        run(config, tmp_path / "run")
+    assert all(np.isfinite(array).all() for array in saved_bytes(tmp_path / "run", 1).values())
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_goes_on_when_there_is_room(base, tmp_path, stop_at):
+    config = make_config(base)
+    run(config, tmp_path / "straight")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk():
+        """No file may grow beyond 20 kB now. Python ignores the signal, so writing fails as on a full disk."""
+        while not (tmp_path / "run" / "checkpoints" / "3").is_dir():  # it is written in the background
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    stop_at(5, fill_the_disk)
+    try:
+        with pytest.raises(OSError, match=r"could not be written to(.|\n)*untouched \(steps \[3\]\)(.|\n)*Free space"):
+            run(config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    stop_at(-1, interrupt)
+    run(config, tmp_path / "run")
+    straight, continued = (saved_bytes(tmp_path / name, 6) for name in ("straight", "run"))
+    assert all(array.tobytes() == continued[name].tobytes() for name, array in straight.items())
+
+
+def test_a_trained_folder_loads_on_its_own_and_an_adapter_stays_unmerged(base, tmp_path, capsys):
+    run(make_config(base, num_steps=3), tmp_path / "full")
+    run(make_config(base, has_adapter=True, num_steps=3), tmp_path / "adapter")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("adapter/checkpoints/3")
+    tokens = np.arange(12)[None]
+    before = a2d_jax.load_pretrained(base)(tokens)
+    full, adapter = (a2d_jax.load_pretrained(tmp_path / name) for name in ("full", "adapter"))
+    assert full.lora is None and adapter.lora.rank == 2
+    with_adapter = adapter(tokens)
+    for trained in (full(tokens), with_adapter):
+        assert 1e-4 < np.abs(trained - before).max() < 1
+    np.testing.assert_allclose(a2d_jax.merge_adapter(adapter)(tokens), with_adapter, atol=1e-5)
+    # The folder carries config and tokenizer, so that it can be the base of the next run, whatever its kind.
+    for name in ("full", "adapter"):
+        run(make_config(tmp_path / name, num_steps=1, **{"data.files": (str(base / "rows.jsonl"),)}), tmp_path / "next")
+        (tmp_path / "next").rename(tmp_path / f"after_{name}")
+
+
+def test_training_from_scratch_learns_and_needs_no_weights(base, tmp_path):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((base / name).read_bytes())
+    config = make_config(base, num_steps=60, log_every=20, checkpoint_every=60)
+    config.model.checkpoint, config.model.from_scratch = str(folder), True
+    config.optimizer.learning_rate = 1e-2
+    run(config, tmp_path / "run")
+    losses = [line["loss"] for line in numbers(tmp_path / "run")]
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_metrics_hold_what_readers_expect(base, tmp_path):
+    run(make_config(base, num_steps=2), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "num_masked"} <= lines[0].keys()
+    for line in lines:
+        np.testing.assert_allclose(line["loss"], line["loss_harmful"] + line["loss_retain"], rtol=1e-5)
+        assert line["learning_rate"] == pytest.approx(1e-3)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_each_step_draws_its_own_masks(base, tmp_path):
+    """Four equal rows are one batch, the same at every step; only the step tells the masks apart."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(ROWS[0]) + "\n") * 4)
+    run(make_config(base, num_steps=4, **{"data.files": (str(rows),)}), tmp_path / "run")
+    assert len({line["num_masked"] for line in numbers(tmp_path / "run")}) >= 3
+
+
+def test_metrics_beyond_the_restored_step_and_half_a_line_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    writer = MetricWriter(tmp_path, step=2)
+    writer.write([{"step": 3, "loss": 0.5}])
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(base, tmp_path, capsys):
+    run(make_config(base, has_adapter=True), tmp_path / "run", is_dry_run=True)
+    plan = capsys.readouterr().out
+    for text in ("llada, 2 layers of width 16", "LoRA r=2 alpha=4", "12 rows: 6 harmful, 6 retain", "steps      6"):
+        assert text in plan
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused_but_a_longer_run_is_not(base, tmp_path):
+    run(make_config(base, num_steps=1), tmp_path / "run")
+    with pytest.raises(ValueError, match="config.seed: 0 -> 1"):
+        run(make_config(base, num_steps=1, seed=1), tmp_path / "run")
+    run(make_config(base, num_steps=2, log_every=1), tmp_path / "run")
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2]
+    decaying = {"optimizer.schedule": "cosine"}
+    run(make_config(base, num_steps=1, **decaying), tmp_path / "cosine")
+    with pytest.raises(ValueError, match="config.num_steps: 1 -> 2"):
+        run(make_config(base, num_steps=2, **decaying), tmp_path / "cosine")
+
+
+def test_other_rows_in_the_same_file_are_refused(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((base / "rows.jsonl").read_bytes())
+    run(make_config(base, num_steps=1, **{"data.files": (str(rows),)}), tmp_path / "run")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:-1]))
+    with pytest.raises(ValueError, match="fingerprint"):
+        run(make_config(base, num_steps=2, **{"data.files": (str(rows),)}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_steps": None}, "num_epochs and config.num_steps are both empty"),
+        ({"objective": "gpt"}, "objective='gpt'; choose one of"),
+        ({"remat": "some"}, "remat='some'; choose one of"),
+        ({"grad_accum_steps": 3}, "batch_size=4 does not split into grad_accum_steps=3"),
+        ({"dtypes": {"param": "bfloat16"}}, "trained weights are kept in float32"),
+        ({"dtypes": {"param": "float8"}}, "names 'float8'; choose one of"),
+        ({"optimizer": {"schedule": "step"}}, "schedule='step'; choose one of"),
+        ({"optimizer": {"learnig_rate": 1.0}}, "config.optimizer has no field 'learnig_rate'; known"),
+        ({"data": {"files": ()}}, "config.data.files is empty"),
+        ({"model": {"checkpoint": ""}}, "config.model.checkpoint is empty"),
+        ({"log_every": 0}, "config.log_every=0; it must be at least 1"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_by_name(base, change, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(make_config(base).to_dict() | change)
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_refused(base, tmp_path):
+    config = make_config(base, **{"mesh.data": 8})
+    with pytest.raises(ValueError, match="batch_size=4 does not split over data=8 x fsdp=1 devices"):
+        train(config, tmp_path / "run")
