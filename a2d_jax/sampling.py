@@ -320,6 +320,8 @@ def infill(model, tokens, config=None, key=None, *, attention_mask=None, draws=N
     mask_id, _ = _special_ids(model)
     tokens = jnp.asarray(tokens, jnp.int32)
     is_blank = tokens == mask_id
+    if not np.any(is_blank):
+        raise ValueError(f"the text holds no mask id ({mask_id}), so nothing is to fill; write <mask:N> where it should.")
     if attention_mask is not None:
         is_blank &= jnp.asarray(attention_mask, bool)
         attention_mask = None if np.all(attention_mask) else jnp.asarray(attention_mask, bool)

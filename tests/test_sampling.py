@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import a2d_jax
 from a2d_jax import orders
@@ -129,12 +130,10 @@ def test_a_row_decodes_the_same_alone_and_in_a_padded_batch(llada, order):
 
 def test_the_mask_is_never_chosen(llada):
     """A head whose favourite is [MASK] still ends with none."""
-    from flax import nnx
-
     model = nnx.clone(llada)
     model.lm_head.kernel[...] = jnp.zeros_like(model.lm_head.kernel[...])
     bias = jnp.zeros(llada.config.vocab_size).at[llada.config.mask_id].set(50.0).at[7].set(10.0)
-    model.lm_head.bias = nnx.Param(bias, logical_axes=("vocab",))
+    model.lm_head.bias = nnx.data(nnx.Param(bias, logical_axes=("vocab",)))
     result = infill(model, np.full((1, 5), llada.config.mask_id), SamplerConfig())
     np.testing.assert_array_equal(result.tokens, [[7] * 5])
 
@@ -285,14 +284,17 @@ def test_settings_that_make_no_sense(settings, message):
         SamplerConfig(**settings)
 
 
+def test_a_text_without_masks_is_refused(llada):
+    with pytest.raises(ValueError, match="no mask id"):
+        infill(llada, [[1, 2, 3]])
+
+
 def test_randomness_needs_a_key(llada):
     with pytest.raises(ValueError, match="pass key"):
         generate(llada, [[1, 2]], SamplerConfig(gen_length=4, steps=4, temperature=1.0))
 
 
 def test_a_model_without_a_mask_id_is_refused(llada):
-    from flax import nnx
-
     model = nnx.clone(llada)
     model.config = dataclasses.replace(model.config, mask_id=None)
     with pytest.raises(ValueError, match="mask_token_id=None"):

@@ -162,6 +162,7 @@ class Block(nnx.Module):
         self.up_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
         self.down_proj = linear(config.mlp_dim, d, axes=("mlp", "embed"), has_bias=config.mlp_bias)
         self.head_dim = config.head_dim
+        self.precision = dtypes.precision.name.lower()
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
         split = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
@@ -172,7 +173,8 @@ class Block(nnx.Module):
         q = apply_rope(split_heads(self.q_proj(normed, keys["q"])), cos, sin)  # (B, T, N, H)
         k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, S, K, H)
         v = split_heads(self.v_proj(normed, keys["v"]))  # (B, S, K, H)
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, N, H); softmax in float32
+        with jax.default_matmul_precision(self.precision):
+            attended = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, N, H); softmax in float32
         attended = attended.reshape(*x.shape[:2], -1)  # (B, T, N H)
         x = constrain(x + self.o_proj(attended, keys["o"]), "batch", "length", None)
 
