@@ -68,15 +68,6 @@ def _to_example(row: Row) -> dict[str, Any]:
     }
 
 
-def _from_example(example: dict[str, Any]) -> dict[str, Any]:
-    if example["is_document"]:
-        return {"text": example["text"].decode("utf-8")}
-    names, values = example["category"]["name"], example["category"]["value"]
-    category = {name.decode("utf-8"): bool(value) for name, value in zip(names, values, strict=True)}
-    row = {key: example[key].decode("utf-8") for key in ("prompt", "response")}
-    return row | {"is_safe": bool(example["is_safe"]), "category": category or None}
-
-
 def prepare(files: Sequence[str | os.PathLike], data_dir: str | os.PathLike) -> Path:
     """Writes the data set of some row files under data_dir, unless it is there already; returns its folder."""
     files = tuple(os.fspath(file) for file in files)
@@ -94,18 +85,10 @@ def prepare(files: Sequence[str | os.PathLike], data_dir: str | os.PathLike) -> 
     return Path(builder.data_dir)
 
 
-def read_prepared(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Rows as dicts, in order, of a folder that `prepare` wrote."""
-    if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
-        raise ValueError(f"{os.fspath(folder)!r} is no prepared data set; give the folder a2d_jax.safety_rows printed")
-    source = tfds.builder_from_directory(os.fspath(folder)).as_data_source("train")
-    return (_from_example(source[i]) for i in range(len(source)))
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     folder = prepare(flags.FLAGS.files, flags.FLAGS.data_dir)
-    print(f"{sum(1 for _ in read_prepared(folder))} rows in {folder}")
+    print(f"{len(read_rows(folder).rows)} rows in {folder}")
 
 
 if __name__ == "__main__":
