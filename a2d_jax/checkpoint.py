@@ -8,9 +8,11 @@ A checkpoint gets its name when its last byte is written, and older ones go only
 the newest named folder is good. An adapter's base weights are not copied; train_config.json names their folder.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +35,22 @@ CHECKPOINTS_FOLDER = "checkpoints"
 CONFIG_NAME = "train_config.json"
 
 
+def complete_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints are whole: an unfinished one has another name."""
+    return sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one training folder. Saving runs beside the next steps; `wait` before relying on it."""
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 1, is_read_only: bool = False):
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1):
         self.folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if is_read_only else keep, read_only=is_read_only, cleanup_tmp_directories=not is_read_only
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoints are complete, as the disk has them."""
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
-
-    def latest_step(self) -> int | None:
-        return max(self.steps(), default=None)
+        """Steps that could be continued from now."""
+        return complete_steps(self.folder)
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Begins to write the state after `step` updates; the arrays may be donated as soon as this returns."""
@@ -66,16 +68,10 @@ class Checkpoints:
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
             meta=ocp.args.JsonRestore(),
         )
-        items = self._read(step, items)
+        with _named(self.folder / str(step)):
+            items = self._manager.restore(step, args=items)
         counters = jax.device_put((jnp.int32(step), jnp.bool(True)), abstract.step.sharding)
         return TrainState(items.params, items.opt_state, *counters), items.meta["data"]
-
-    def restore_params(self, step: int | None, abstract: dict[str, Any]) -> dict[str, Any]:
-        """The trained weights alone, of a step or (None) of the newest one."""
-        steps = self.steps()
-        if not steps or step not in (None, *steps):
-            raise ValueError(f"{self.folder} holds no checkpoint of step {step}; present are the steps {steps}.")
-        return self._read(step or steps[-1], ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
 
     def check(self) -> None:
         """Raises what went wrong in the background, if anything did."""
@@ -88,7 +84,7 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def _guard(self, action) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:  # the writer reports a full disk as ValueError, OSError or its own kinds
@@ -98,14 +94,17 @@ class Checkpoints:
                 "same command again: it continues from the newest."
             ) from error
 
-    def _read(self, step: int, items: ocp.args.Composite):
-        try:
-            return self._manager.restore(step, args=items)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {self.folder / str(step)} cannot be restored ({error}). If it is damaged, remove it and "
-                "run again: the run continues from the one before."
-            ) from error
+
+@contextlib.contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """Errors while reading a checkpoint name it."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} cannot be restored ({error}). If it is damaged, remove it and run again: the run "
+            "continues from the one before."
+        ) from error
 
 
 def abstract_arrays(shapes: Any, shardings: Any) -> Any:
@@ -131,6 +130,11 @@ def load_trained(
       ValueError: no such step, or an adapter whose base folder is gone.
     """
     run = RunConfig.from_dict(read_train_config(workdir))
+    folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
+    steps = complete_steps(folder)
+    if not steps or step not in (None, *steps):
+        raise ValueError(f"{folder} holds no checkpoint of step {step}; complete are those of the steps {steps}.")
+    step = steps[-1] if step is None else step
     if run.lora is None:
         hf = Path(workdir) / HF_FOLDER
         config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
@@ -140,11 +144,8 @@ def load_trained(
         add_lora(model, run.lora, nnx.Rngs(0))
     graphdef, trained, frozen = split_model(model)
     abstract = abstract_arrays(pure(trained), pure(shardings_of(trained, mesh)))
-    checkpoints = Checkpoints(workdir, is_read_only=True)
-    try:
-        params = checkpoints.restore_params(step, abstract)
-    finally:
-        checkpoints.close()
+    with _named(folder / str(step)), ocp.StandardCheckpointer() as reader:
+        params = reader.restore(folder / str(step) / "params", abstract)
     return nnx.merge(graphdef, params, pure(frozen))
 
 

@@ -167,7 +167,7 @@ def train(
     # Weights. Order of precedence: the folder's newest checkpoint, then the base's weights or random ones.
     # ------------------------------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir, run.keep)
-    first_step = checkpoints.latest_step() or 0
+    first_step = max(checkpoints.steps(), default=0)
     if first_step >= num_steps:
         say(f"already trained for {first_step} steps, nothing to do: {workdir}")
         checkpoints.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tokenizer_folders import write_llada
 
 import a2d_jax
 from a2d_jax import data
+from a2d_jax.checkpoint import load_trained
 from a2d_jax.metrics import MetricWriter, read_metrics
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.train import train
@@ -327,3 +329,26 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused(base, tmp_path)
     config = make_config(base, **{"mesh.data": 8})
     with pytest.raises(ValueError, match="batch_size=4 does not split over data=8 x fsdp=1 devices"):
         train(config, tmp_path / "run")
+
+
+def test_a_folder_without_the_asked_checkpoint_or_with_a_damaged_one_says_so(base, tmp_path):
+    run(make_config(base, num_steps=1), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7; complete are those of the steps \[1\]"):
+        load_trained(tmp_path / "run", None, a2d_jax.DTypes(), step=7)
+    checkpoint = tmp_path / "run" / "checkpoints" / "1"
+    for data_file in (checkpoint / "params").rglob("d/*"):
+        data_file.write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoints/1 cannot be restored"):
+        a2d_jax.load_pretrained(tmp_path / "run")
+    checkpoint.rename(checkpoint.with_name("1.orbax-checkpoint-tmp"))  # how an unfinished one is named
+    with pytest.raises(ValueError, match=r"no checkpoint of step None; complete are those of the steps \[\]"):
+        a2d_jax.load_pretrained(tmp_path / "run")
+
+
+def test_an_adapter_whose_base_is_gone_says_so(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    rows = {"data.files": (str(base / "rows.jsonl"),)}
+    run(make_config(tmp_path / "base", has_adapter=True, num_steps=1, **rows), tmp_path / "run")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="no folder .*/base' with the base model; put it back"):
+        a2d_jax.load_pretrained(tmp_path / "run")
