@@ -1,8 +1,9 @@
 """The architecture of a checkpoint, read from its Hugging Face `config.json`.
 
-One `ModelConfig` describes every family the transformer knows: LLaDA and Dream (bidirectional, masked diffusion), and the
-causal LLaMA (1 to 3, SmolLM2), Mistral and Qwen2 / 2.5. Sizes, special ids and the logit shift come from the file, never from
-constants. What the transformer cannot compute is refused here with the setting's name, not silently ignored.
+One `ModelConfig` describes every family the transformer knows: LLaDA and Dream (bidirectional, masked diffusion), and
+the causal LLaMA (1 to 3, SmolLM2), Mistral and Qwen2 / 2.5. Sizes, special ids and the logit shift come from the
+file, never from constants. What the transformer cannot compute is refused here with the setting's name, not silently
+ignored.
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ class ModelConfig:
     bos_id: int | None = None
     pad_id: int | None = None
     dtype: str = "float32"  # of the tensors in the folder
-    # The file as it was read, and which weight file held each tensor: saving writes the same folder back. Both take part
-    # in comparison, because equal configs are interchangeable to the compilation cache.
+    # The file as it was read, and which weight file held each tensor: saving writes the same folder back. Both take
+    # part in comparison, because equal configs are interchangeable to the compilation cache.
     hf_text: str = dataclasses.field(default="{}", repr=False)
     weight_files: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
@@ -205,7 +206,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Rope | None:
 
 
 def _sliding_windows(family: str, hf: Mapping[str, Any]) -> tuple[int | None, ...] | None:
-    """Window of each layer. Mistral v0.1 slides everywhere; Qwen2 from layer `max_window_layers` on, where it is switched on."""
+    """Window of each layer: Mistral v0.1 slides everywhere, Qwen2 (where switched on) from `max_window_layers` on."""
     window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
     if not window or family == "llama":
         return None

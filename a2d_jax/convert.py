@@ -2,8 +2,8 @@
 
     python -m a2d_jax.convert --source HF_DIR --target DIR
 
-Host memory peaks at the largest tensor plus a constant, not at the checkpoint. With several devices each tensor is split over them (`fsdp`),
-and on several hosts each writes its own part.
+Host memory peaks at the largest tensor plus a constant, not at the checkpoint. With several devices each tensor is
+split over them (`fsdp`), and on several hosts each writes its own part.
 """
 
 import time
@@ -25,7 +25,9 @@ def main(_) -> None:
     config = load_config(_SOURCE.value)
     num_tensors = len(tensor_names(config))
     num_devices = jax.device_count()
-    print(f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors of {config.dtype}")
+    print(
+        f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors of {config.dtype}"
+    )
     print(f"{_SOURCE.value} -> {_TARGET.value}, split over {num_devices} device(s)", flush=True)
 
     mesh = make_mesh(data=1, fsdp=num_devices) if num_devices > 1 else None
@@ -34,7 +36,10 @@ def main(_) -> None:
         now = time.monotonic()
         if now - last_print > 5 or done == num_tensors:
             rate = done / (now - start)
-            print(f"{done}/{num_tensors} {name.hf_name}  {rate:.1f} tensors/s  ETA {(num_tensors - done) / rate:.0f} s", flush=True)
+            print(
+                f"{done}/{num_tensors} {name.hf_name}  {rate:.1f} tensors/s  ETA {(num_tensors - done) / rate:.0f} s",
+                flush=True,
+            )
             last_print = now
     print(f"wrote {num_tensors} tensors in {time.monotonic() - start:.0f} s: Orbax checkpoint in {_TARGET.value}")
 

@@ -22,7 +22,9 @@ from a2d_jax.pretrained import hf_files, load_pretrained
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "converted, training or Hugging Face folder", required=True)
 _TARGET = flags.DEFINE_string("target", None, "folder to write", required=True)
 _ADAPTER = flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's layout")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the written tensors; default: config.json's")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "of the written tensors; default: config.json's"
+)
 
 
 def base_model_of(checkpoint: str) -> str | None:

@@ -3,9 +3,9 @@
     python -m a2d_jax.generate --checkpoint DIR --prompt "What is lime?"
     python -m a2d_jax.generate --checkpoint DIR --prompt "Lime is <mask:4> made of <mask:2>." --order left_to_right
 
-A prompt without masks is a user turn of the chat template, answered in `--gen_length` tokens. A text with `<mask:N>` (N masks)
-is filled as it stands; `--chat_template` puts it into a user turn first. `--prompt` may be given several times: the prompts
-are decoded as one batch. The settings of `SamplerConfig` are flags.
+A prompt without masks is a user turn of the chat template, answered in `--gen_length` tokens. A text with `<mask:N>`
+(N masks) is filled as it stands; `--chat_template` puts it into a user turn first. `--prompt` may be given several
+times: the prompts are decoded as one batch. The settings of `SamplerConfig` are flags.
 """
 
 import json
@@ -50,7 +50,13 @@ def main(_) -> None:
         starts = np.full(len(prompts), result.tokens.shape[1] - config.gen_length)
 
     for prompt, tokens, start, num_forward, is_rejected, eos_prob in zip(
-        _PROMPT.value, np.asarray(result.tokens), starts, result.num_forward, result.is_rejected, result.eos_prob, strict=True
+        _PROMPT.value,
+        np.asarray(result.tokens),
+        starts,
+        result.num_forward,
+        result.is_rejected,
+        result.eos_prob,
+        strict=True,
     ):
         text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
         if _JSON.value:

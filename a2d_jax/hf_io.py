@@ -1,9 +1,9 @@
 """Hugging Face folders in and out: safetensors (one file, or shards with an index) plus `config.json`.
 
-Reading is by table (`models/naming.py`): all missing, extra and misshapen names are reported in one error before a byte of
-weights is read. Then one tensor at a time goes from the file straight onto its shards, so the host never holds more than the
-largest tensor. Writing streams too: the header is computed from the shapes, and tensors follow one by one into a file beside
-the target, which is renamed when it is complete.
+Reading is by table (`models/naming.py`): all missing, extra and misshapen names are reported in one error before a
+byte of weights is read. Then one tensor at a time goes from the file straight onto its shards, so the host never
+holds more than the largest tensor. Writing streams too: the header is computed from the shapes, and tensors follow
+one by one into a file beside the target, which is renamed when it is complete.
 """
 
 import dataclasses
@@ -83,7 +83,8 @@ class SafetensorsFolder:
                         self.file_of[name] = path
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{path} cannot be read as safetensors ({error}); the file is truncated, damaged or absent: copy it again."
+                    f"{path} cannot be read as safetensors ({error}); the file is "
+                    "truncated, damaged or absent: copy it again."
                 ) from error
             lost = sorted(set(wanted) - set(here))
             if lost:
@@ -179,8 +180,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wh
     ]
     if problems:
         raise ValueError(
-            f"{where} does not fit its config.json ({config.family}, {len(problems)} tensors differ); correct the config "
-            "or the weights:\n  " + "\n  ".join(problems)
+            f"{where} does not fit its config.json ({config.family}, {len(problems)} tensors differ); "
+            "correct the config or the weights:\n  " + "\n  ".join(problems)
         )
 
 
@@ -216,7 +217,9 @@ def place_tensor(name: TensorName, read: Callable[..., np.ndarray], dtype, shard
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         stored = read(name.hf_name, index[::-1] if name.is_transposed else index)
-        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(dtype or stored.dtype, copy=False)
+        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(
+            dtype or stored.dtype, copy=False
+        )
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
@@ -313,8 +316,9 @@ def plan_files(config: ModelConfig, sizes: Mapping[str, int], max_shard_bytes: i
 def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int | None = None) -> None:
     """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
 
-    Tensors go into the files they were loaded from; with `max_shard_bytes`, or for a model of another origin, into files
-    of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for byte.
+    Tensors go into the files they were loaded from; with `max_shard_bytes`, or for a model of another origin, into
+    files of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for
+    byte.
 
     Nothing of an earlier checkpoint in the folder is touched before the new one is complete.
 
@@ -322,7 +326,9 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
       ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone).
     """
     if model.lora is not None:
-        raise ValueError("the model carries an unmerged adapter; merge_adapter(model) first, or save_adapter(model, path).")
+        raise ValueError(
+            "the model carries an unmerged adapter; merge_adapter(model) first, or save_adapter(model, path)."
+        )
     folder, config = Path(path), model.config
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(getattr(ml_dtypes, config.dtype, None) or config.dtype)

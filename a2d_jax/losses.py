@@ -3,9 +3,9 @@
     LLaDA   sum over masked of CE / p / answer_length, divided by the batch size
     Dream   mean over masked of CE / p, logits at position i - 1 scored against token i
 
-Both are sums of CE over positions with fixed weights. `position_weights` computes the weights of a *whole* batch, so that
-any split of it, into micro-batches or over devices, adds up to the same number. answer_length counts every response position
-of the row, [EOS] padding up to the batch's longest row included.
+Both are sums of CE over positions with fixed weights. `position_weights` computes the weights of a *whole* batch, so
+that any split of it, into micro-batches or over devices, adds up to the same number. answer_length counts every
+response position of the row, [EOS] padding up to the batch's longest row included.
 """
 
 import jax
@@ -24,7 +24,8 @@ def objective_of(family: str) -> str:
 def position_weights(batch: NoisedBatch, objective: str) -> jax.Array:
     """Weight of each position's cross entropy, (B, T) float32; zero where nothing is scored.
 
-    Dream's position 0 has no logits before it and is never scored. A batch without masks has weights, and so a loss, of 0.
+    Dream's position 0 has no logits before it and is never scored. A batch without masks has weights, and so a loss,
+    of 0.
     """
     if objective == "llada":
         answer_length = jnp.sum(batch.is_response, axis=1, keepdims=True)  # (B, 1)

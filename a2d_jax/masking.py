@@ -3,8 +3,8 @@
     t ~ U(0, 1) per row,  p = (1 - eps) t + eps,  every response token is masked with probability p
     target of a masked token: the token itself (retain rows), or [EOS] (harmful rows)          A2D, section 3
 
-One t per row and independent positions are what make the learned refusal hold in any order and at any step: every subset of
-the response is seen masked.
+One t per row and independent positions are what make the learned refusal hold in any order and at any step: every
+subset of the response is seen masked.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 class NoisedBatch(NamedTuple):
     """What the loss needs to know of one corrupted batch.
 
-    `tokens` are the targets: in harmful rows every position holds [EOS], although the unmasked positions of `noisy_tokens`
-    keep the harmful text. That text is the context in which the model must learn to stop.
+    `tokens` are the targets: in harmful rows every position holds [EOS], although the unmasked positions of
+    `noisy_tokens` keep the harmful text. That text is the context in which the model must learn to stop.
     """
 
     tokens: jax.Array  # (B, T) int32, target of each position

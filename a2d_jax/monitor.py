@@ -2,8 +2,8 @@
 
     p = softmax(logits at the left-most masked position)[EOS]        A2D, early rejection and real-time monitoring
 
-At the first step p already separates harmful requests from harmless ones; above a threshold the request is refused after a
-single forward pass.
+At the first step p already separates harmful requests from harmless ones; above a threshold the request is refused
+after a single forward pass.
 """
 
 import jax

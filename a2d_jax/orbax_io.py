@@ -62,7 +62,9 @@ def _insert(tree: dict, name: TensorName, leaf: object) -> dict:
     return tree
 
 
-def convert_folder(source: str | os.PathLike, target: str | os.PathLike, mesh: Mesh | None = None) -> Iterator[TensorName]:
+def convert_folder(
+    source: str | os.PathLike, target: str | os.PathLike, mesh: Mesh | None = None
+) -> Iterator[TensorName]:
     """Writes the Orbax checkpoint of a Hugging Face folder, yielding each tensor's name once it is on disk.
 
     Tensors keep their stored dtype. On a mesh each process reads and writes its own shards.
@@ -72,7 +74,9 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, mesh: M
     """
     source, target = Path(source), Path(target)
     if (target / PARAMS_FOLDER).exists():
-        raise ValueError(f"{target} already holds a checkpoint; choose another --target or remove {target / PARAMS_FOLDER}.")
+        raise ValueError(
+            f"{target} already holds a checkpoint; choose another --target or remove {target / PARAMS_FOLDER}."
+        )
     config = load_config(source)
     folder = SafetensorsFolder(source)
     check_tensors(config, folder.shapes, source)

@@ -1,8 +1,8 @@
 """Which masked positions a step reveals, with which tokens, and how many: the rules of decoding as pure functions.
 
-Two families of rules. "llada": the masks of a block are spread evenly over its steps, temperature is Gumbel noise on the
-logits, and confidence comes from the plain softmax. "dream": the number revealed follows a time grid from 1 down to eps,
-temperature and truncation reshape the probabilities, and those are also the confidence.
+Two families of rules. "llada": the masks of a block are spread evenly over its steps, temperature is Gumbel noise on
+the logits, and confidence comes from the plain softmax. "dream": the number revealed follows a time grid from 1 down
+to eps, temperature and truncation reshape the probabilities, and those are also the confidence.
 """
 
 import jax
@@ -17,12 +17,12 @@ METHODS = ("llada", "dream")
 
 
 def even_quota(num_masks: jax.Array, step: jax.Array, num_steps: int) -> jax.Array:
-    """Tokens to reveal at this step when `num_masks` (B,) are spread over `num_steps`, the remainder on the first steps."""
+    """Tokens to reveal at this step: `num_masks` (B,) spread over `num_steps`, the remainder on the first steps."""
     return num_masks // num_steps + (step < num_masks % num_steps)
 
 
 def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
-    """Share of the remaining masks revealed at each step, (num_steps,) float32: 1 - s / t on the grid 1 -> eps; last, all."""
+    """Share of the remaining masks that each step reveals, (num_steps,): 1 - s / t on a grid 1 -> eps; last, all."""
     grid = np.linspace(1, eps, num_steps + 1, dtype=np.float32)
     rate = 1 - grid[1:] / grid[:-1]
     rate[-1] = 1
@@ -33,7 +33,7 @@ def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
 
 
 def gumbel_argmax(logits: jax.Array, uniforms: jax.Array | None, temperature: float) -> jax.Array:
-    """Token of each position: argmax of logits - T log(-log u), LLaDA's exp(logits) / (-log u)^T without its overflow."""
+    """Token of each position: argmax of logits - T log(-log u), which is LLaDA's exp(logits) / (-log u)^T."""
     if temperature > 0:
         logits = logits - temperature * jnp.log(-jnp.log(uniforms))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (B, T)

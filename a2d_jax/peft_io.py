@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's own layout: `adapter_config.json` and `adapter_model.safetensors`, in and out.
 
-Rank, alpha, dropout and targets are kept. An adapter that was read and is saved unchanged comes back byte for byte: the names'
-prefix and the configuration file travel with the model.
+Rank, alpha, dropout and targets are kept. An adapter that was read and is saved unchanged comes back byte for byte:
+the names' prefix and the configuration file travel with the model.
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Settings that change what an adapter computes or covers, and the only value computed here.
 _SUPPORTED = {
-    "peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "rank_pattern": {},
-    "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "layer_replication": None, "lora_bias": False,
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
+    "layer_replication": None, "lora_bias": False,
 }  # fmt: skip
 
 
@@ -48,7 +49,9 @@ def read_peft_config(folder: str | os.PathLike) -> PeftConfig:
         settings = json.loads(text)
         rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is not a LoRA configuration ({error!r}); it needs r, lora_alpha, target_modules.") from error
+        raise ValueError(
+            f"{path} is not a LoRA configuration ({error!r}); it needs r, lora_alpha, target_modules."
+        ) from error
     for key, value in _SUPPORTED.items():
         if settings.get(key, value) not in (value, None):
             raise ValueError(f"{path} has {key}={settings[key]!r}; only {key}={value!r} is computed here.")
@@ -117,7 +120,9 @@ def load_adapter(model: Transformer, folder: str | os.PathLike) -> Transformer:
         halves = []
         for half in ("A.weight", "B.weight"):
             by_layer = found[our_path, half]
-            stack = np.stack([by_layer[layer] for layer in sorted(by_layer)]) if None not in by_layer else by_layer[None]
+            stack = (
+                np.stack([by_layer[layer] for layer in sorted(by_layer)]) if None not in by_layer else by_layer[None]
+            )
             halves.append(jnp.asarray(np.swapaxes(stack, -1, -2), jnp.float32))  # PEFT's are (out, in)
         attach(model.projection(our_path), lora, *halves)
     model.lora = dataclasses.replace(lora, name_prefix=prefixes.pop())
@@ -144,7 +149,9 @@ def save_adapter(model: Transformer, path: str | os.PathLike, base_model_name_or
                 shapes[name], readers[name] = (value.shape[::-1], np.dtype(np.float32)), value
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / WEIGHTS_NAME, shapes, lambda name: np.asarray(jax.device_get(readers[name])).T, {"format": "pt"})
+    write_safetensors(
+        folder / WEIGHTS_NAME, shapes, lambda name: np.asarray(jax.device_get(readers[name])).T, {"format": "pt"}
+    )
     if isinstance(lora, PeftConfig) and lora.text:
         write_beside(folder / CONFIG_NAME, lambda file: file.write(lora.text.encode()))
         return

@@ -5,8 +5,8 @@
     a training folder of `a2d_jax.train`      hf/ + train_config.json + checkpoints/
     formats of other packages                 entry points in the group "a2d_jax.checkpoint_formats"
 
-An entry point names an object with `matches(path) -> bool` and `load(path, mesh, dtypes, remat) -> Transformer`; so packed
-checkpoints of `odlri_jax` load here although this package never imports it.
+An entry point names an object with `matches(path) -> bool` and `load(path, mesh, dtypes, remat) -> Transformer`; so
+packed checkpoints of `odlri_jax` load here although this package never imports it.
 """
 
 import importlib.metadata
@@ -42,11 +42,14 @@ def load_pretrained(
       remat: what the backward pass recomputes: "none", "dots" or "full".
 
     Raises:
-      ValueError: a folder of no known kind, an unknown architecture, or tensors that do not fit it (all of them listed).
+      ValueError: a folder of no known kind, an unknown architecture, or tensors that do not fit it (all of them
+        listed).
     """
     path, dtypes = Path(path), DTypes(param=param_dtype or dtype, compute=dtype)
     if not path.is_dir():
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is no folder; give a Hugging Face, converted or training folder.")
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} is no folder; give a Hugging Face, converted or training folder."
+        )
     if (path / "train_config.json").is_file():
         from a2d_jax import checkpoint
 

@@ -1,13 +1,17 @@
 """Decoding by unmasking: `generate` writes a response after a prompt, `infill` fills masks anywhere, in any order.
 
-One jitted `lax.while_loop` holds the whole decoding; nothing returns to the host between steps. A step is: forward pass,
-P([EOS]) monitor, choice of tokens, choice of positions, reveal. The rules themselves are in `a2d_jax/orders.py`.
+One jitted `lax.while_loop` holds the whole decoding; nothing returns to the host between steps. A step is: forward
+pass, P([EOS]) monitor, choice of tokens, choice of positions, reveal. The rules themselves are in
+`a2d_jax/orders.py`.
 
 Differences from the published samplers, each a defect there:
-  * rows are independent: a row's quota, its confidence order and its end depend on that row alone (Dream shares one quota
-    among the rows of a batch and can overwrite text of the shorter row; A2D's Dream sampler reveals one token per batch);
+  * rows are independent: a row's quota, its confidence order and its end depend on that row alone (Dream shares one
+    quota
+    among the rows of a batch and can overwrite text of the shorter row; A2D's Dream sampler reveals one token per
+    batch);
   * [MASK] is never chosen as a token, so decoding ends and the answer holds no mask;
-  * masks inside the prompt belong to the first block and get a share of its steps (LLaDA gives them none, and masks stay
+  * masks inside the prompt belong to the first block and get a share of its steps (LLaDA gives them none, and masks
+    stay
     in the answer); `count_prompt_masks=False` replays the original;
   * Gumbel noise is added to logits, not multiplied into their exponentials, which overflow in float32.
 """
@@ -38,7 +42,8 @@ class SamplerConfig:
     Attributes:
       gen_length: masks that `generate` appends to the prompt.
       steps: forward passes at most; for `infill` as many as there are masks suffice (one token a step).
-      block_length: `generate` finishes one block of the response before the next; None: blocks of 32 for LLaDA, one block
+      block_length: `generate` finishes one block of the response before the next; None: blocks of 32 for LLaDA, one
+        block
         for Dream. A block longer than the response is the whole response.
       order: "confidence" (LLaDA's low_confidence, Dream's maskgit_plus), "margin" (topk_margin), "entropy",
         "left_to_right", "right_to_left", "random" (Dream's origin).
@@ -171,7 +176,8 @@ def _denoise(graphdef, state, tokens, block, attention_mask, key, draws: Draws, 
     """The decoding loop.
 
     Args:
-      block: (B, T) int32, the block in which a masked position is revealed; `num_blocks` where nothing is masked, -1 for
+      block: (B, T) int32, the block in which a masked position is revealed; `num_blocks` where nothing is masked, -1
+        for
         masks of the prompt that get no share of the quota.
     """
     model = nnx.merge(graphdef, state)
@@ -211,7 +217,9 @@ def _denoise(graphdef, state, tokens, block, attention_mask, key, draws: Draws, 
         in_quota = state.is_open & (block <= current if config.count_prompt_masks else block == current)
         num_open = jnp.sum(in_quota, axis=1)
         num_masks = jnp.where(step == 0, num_open, state.num_masks)
-        if is_dream and config.order == "random":  # Dream's origin: each position by itself, all that are left at the end
+        if (
+            is_dream and config.order == "random"
+        ):  # Dream's origin: each position by itself, all that are left at the end
             is_revealed = is_candidate & (position_uniforms < rates[step])
         else:
             even = orders.even_quota(num_masks, step, steps_per_block)
@@ -259,12 +267,16 @@ def _run(model, tokens, block, num_blocks, attention_mask, config, key, draws) -
     config = config.resolve(model.config.family)
     needs_key = config.temperature > 0 or config.order == "random" or config.order_temperature > 0
     if key is None and draws is None and needs_key:
-        raise ValueError(f"order={config.order!r}, temperature={config.temperature} draw at random; pass key=jax.random.key(seed).")
+        raise ValueError(
+            f"order={config.order!r}, temperature={config.temperature} draw at random; pass key=jax.random.key(seed)."
+        )
     key = jax.random.key(0) if key is None else key  # drawn from only where a key was needed
     arrays = (jnp.asarray(tokens, jnp.int32), jnp.asarray(block, jnp.int32), attention_mask)
     mesh = mesh_of(model)
     graphdef, state = nnx.split(model)
-    run = functools.partial(_denoise, graphdef, state, key=key, draws=draws or Draws(), config=config, num_blocks=num_blocks)
+    run = functools.partial(
+        _denoise, graphdef, state, key=key, draws=draws or Draws(), config=config, num_blocks=num_blocks
+    )
     if mesh is None:
         return run(*arrays)
     with jax.set_mesh(mesh):
@@ -321,7 +333,9 @@ def infill(model, tokens, config=None, key=None, *, attention_mask=None, draws=N
     tokens = jnp.asarray(tokens, jnp.int32)
     is_blank = tokens == mask_id
     if not np.any(is_blank):
-        raise ValueError(f"the text holds no mask id ({mask_id}), so nothing is to fill; write <mask:N> where it should.")
+        raise ValueError(
+            f"the text holds no mask id ({mask_id}), so nothing is to fill; write <mask:N> where it should."
+        )
     if attention_mask is not None:
         is_blank &= jnp.asarray(attention_mask, bool)
         attention_mask = None if np.all(attention_mask) else jnp.asarray(attention_mask, bool)

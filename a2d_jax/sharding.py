@@ -1,8 +1,8 @@
 """The device mesh and the one table that lays the model's named axes onto it.
 
 Model code names what an axis *means* ("mlp", "heads", ...); `RULES` says which mesh axis splits it. Three mesh axes:
-`data` replicates the weights and splits the batch, `fsdp` splits weights and batch together, `tensor` splits heads, mlp width
-and vocabulary.
+`data` replicates the weights and splits the batch, `fsdp` splits weights and batch together, `tensor` splits heads,
+mlp width and vocabulary.
 """
 
 from collections.abc import Sequence

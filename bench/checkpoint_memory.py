@@ -1,10 +1,10 @@
-"""Host memory while a 4 GB checkpoint is converted, loaded and exported: the largest tensor plus a constant, or the whole?
+"""Host memory while a 4 GB checkpoint is converted and loaded: the largest tensor plus a constant, or the whole?
 
     python -m bench.checkpoint_memory --out bench_out [--gigabytes 4]
 
-A random LLaDA of the wanted size is written to disk in shards, bfloat16. Each program then runs as a process of its own, whose
-peak of anonymous memory (pages it allocated; mapped files can be dropped by the system at any time and are counted apart) is
-read from /proc while it runs. Compared with a process that only imports the package.
+A random LLaDA of the wanted size is written to disk in shards, bfloat16. Each program then runs as a process of its
+own, whose peak of anonymous memory (pages it allocated; mapped files can be dropped by the system at any time and are
+counted apart) is read from /proc while it runs. Compared with a process that only imports the package.
 """
 
 import json
@@ -92,7 +92,9 @@ def main(_) -> None:
         sizes = write_checkpoint(source, _GIGABYTES.value * 1e9)
         idle = peak_memory("-c", "import a2d_jax, jax; jax.devices()")
         rows = [{"program": "import alone"} | idle]
-        rows.append({"program": "convert"} | peak_memory("-m", "a2d_jax.convert", f"--source={source}", f"--target={orbax}"))
+        rows.append(
+            {"program": "convert"} | peak_memory("-m", "a2d_jax.convert", f"--source={source}", f"--target={orbax}")
+        )
         load = f"import a2d_jax, jax.numpy as jnp; a2d_jax.load_pretrained({str(source)!r}, dtype=jnp.bfloat16)"
         rows.append({"program": "load_pretrained (the model itself stays in memory)"} | peak_memory("-c", load))
         shutil.rmtree(source)

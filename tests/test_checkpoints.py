@@ -1,4 +1,4 @@
-"""Folders in and out: byte-equal round trips, adapters in PEFT's layout, Orbax, and every error a damaged folder gives."""
+"""Folders in and out: byte-equal round trips, adapters in PEFT's layout, Orbax, and the errors of damaged folders."""
 
 import json
 import shutil
@@ -147,7 +147,12 @@ def test_adapter_logits_merge_and_bytes(family, tmp_path):
 def test_peft_reads_the_adapter_we_write(tmp_path):
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
     model = a2d_jax.load_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""The transformer against the original models' recorded outputs, and against transformers + PyTorch for the causal families."""
+"""The transformer against the original models' outputs, and against transformers + PyTorch for the causal families."""
 
 import dataclasses
 import json
@@ -61,8 +61,8 @@ def test_bfloat16_stays_within_the_originals_own_rounding():
 
 
 TINY = {
-    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 96, "max_position_embeddings": 128,
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 128,
 }  # fmt: skip
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -75,7 +75,9 @@ CAUSAL = {
     "mistral_sliding": transformers.MistralConfig(**TINY, sliding_window=5),
     "mistral_head_dim": transformers.MistralConfig(**TINY, sliding_window=None, head_dim=20),
     "qwen2": transformers.Qwen2Config(**TINY),
-    "qwen2_half_sliding": transformers.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2_half_sliding": transformers.Qwen2Config(
+        **TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
 }
 
 
@@ -127,11 +129,11 @@ def test_remat_changes_no_gradient(remat):
 def test_published_configs_are_understood():
     """Shapes of the published checkpoints, from the numbers in their config.json."""
     llada = json.loads((FIXTURES / "llada_tiny" / "config.json").read_text()) | {
-        "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
-        "embedding_size": 126464, "mask_token_id": 126336, "eos_token_id": 126081,
+        "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288,
+        "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336, "eos_token_id": 126081,
     }  # fmt: skip
     config = ModelConfig.from_hf(llada)
-    from a2d_jax.hf_io import abstract_model
+
     num_params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(config, DTypes()))))
     assert num_params == 8_015_581_184  # as the model card gives it: 8.02 B
     assert (config.mask_id, config.eos_id, config.is_causal, config.shift_logits) == (126336, 126081, False, False)

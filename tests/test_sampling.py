@@ -16,7 +16,12 @@ from a2d_jax.monitor import eos_probability
 from a2d_jax.sampling import DREAM_ORDERS, Draws, SamplerConfig, generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
-A2D_ORDERS = {"forward": "left_to_right", "backward": "right_to_left", "low_confidence": "confidence", "random": "random"}
+A2D_ORDERS = {
+    "forward": "left_to_right",
+    "backward": "right_to_left",
+    "low_confidence": "confidence",
+    "random": "random",
+}
 EOT_ID = 254
 
 
@@ -125,7 +130,6 @@ def test_a_row_decodes_the_same_alone_and_in_a_padded_batch(llada, order):
     batch = generate(llada, rows, config, draws=draws)
     alone = generate(llada, rows[1:], config, draws=Draws(positions=draws.positions[:, 1:, 3:]))
     np.testing.assert_array_equal(np.asarray(batch.tokens)[1, 3:], np.asarray(alone.tokens)[0])
-
 
 
 def test_the_mask_is_never_chosen(llada):

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): y = x W + (alpha / r) dropout(x) A B, held by our own `Linear`, frozen W.
 
-`add_lora` gives the chosen projections their A and B; `merge_adapter` adds them into W and drops them. Target names are the
-ones users know from the checkpoint's own code, so `ff_out` on LLaDA means the down projection of each block *and* the
-untied head, as PEFT's suffix match does; our own names work for every family.
+`add_lora` gives the chosen projections their A and B; `merge_adapter` adds them into W and drops them. Target names
+are the ones users know from the checkpoint's own code, so `ff_out` on LLaDA means the down projection of each block
+*and* the untied head, as PEFT's suffix match does; our own names work for every family.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """What each tensor is called in Hugging Face checkpoints: one table a family, read by all loading and saving code.
 
-Our paths: `embed`, `blocks.<projection or norm>`, `final_norm`, `lm_head`. A stacked path stands for one tensor a layer.
+Our paths: `embed`, `blocks.<projection or norm>`, `final_norm`, `lm_head`. A stacked path stands for one tensor a
+layer.
 """
 
 import dataclasses
@@ -106,7 +107,9 @@ def adapter_modules(config: ModelConfig, targets: Sequence[str]) -> list[str]:
     known = set(names.values()) | {path.split(".")[-1] for path in names}
     unknown = sorted(set(targets) - known)
     if unknown:
-        raise ValueError(f"LoRA targets {unknown} name no projection of a {config.family} model; known: {sorted(known)}.")
+        raise ValueError(
+            f"LoRA targets {unknown} name no projection of a {config.family} model; known: {sorted(known)}."
+        )
     return [path for path, name in names.items() if name in targets or path.split(".")[-1] in targets]
 
 

@@ -5,8 +5,8 @@ Axis letters, used in the whole package:
   F mlp width, V vocabulary rows, R adapter rank, L layers.
 
 Layers are stacked on a leading L axis and walked by one `jax.lax.scan`, so that the compiled program holds one layer
-whatever the depth; `remat` chooses what that layer keeps for the backward pass. Every parameter carries the logical names of
-its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mesh.
+whatever the depth; `remat` chooses what that layer keeps for the backward pass. Every parameter carries the logical
+names of its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mesh.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class DTypes:
-    """Number formats: `param` as stored, `compute` of activations and matmuls. Norms, softmax and logits are float32."""
+    """Number formats: `param` as stored, `compute` of activations and matmuls. Norms, softmax, logits are float32."""
 
     param: jnp.dtype = jnp.float32
     compute: jnp.dtype = jnp.float32
@@ -213,7 +213,9 @@ class Transformer(nnx.Module):
         """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
         config, num_positions = self.config, tokens.shape[1]
         if attention_mask is not None and attention_mask.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {attention_mask.shape}, tokens {tokens.shape}: give equal ones.")
+            raise ValueError(
+                f"attention_mask has shape {attention_mask.shape}, tokens {tokens.shape}: give equal ones."
+            )
         if positions is None:
             positions = jnp.arange(num_positions)[None]  # RoPE is relative: left padding needs no other count
         freqs = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
