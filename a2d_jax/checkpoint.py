@@ -9,7 +9,6 @@ the newest named folder is good. An adapter's base weights are not copied; train
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,17 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import Mesh
 
-from a2d_jax.config import load_config
-from a2d_jax.hf_io import abstract_model, read_weight_map, shardings_of
-from a2d_jax.models.lora import add_lora, merge_adapter
-from a2d_jax.models.transformer import DTypes, Transformer
-from a2d_jax.orbax_io import HF_FOLDER
-from a2d_jax.pretrained import load_pretrained
-from a2d_jax.settings import RunConfig
-from a2d_jax.training import TrainState, pure, split_model
+from a2d_jax.training import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
 CONFIG_NAME = "train_config.json"
@@ -121,36 +111,16 @@ def read_train_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); give a folder written by a2d_jax.train.") from error
 
 
-def load_trained(
-    workdir: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, step: int | None = None, remat: str = "none"
-) -> Transformer:
-    """The model of a training folder at a step (None: the newest); an adapter is left unmerged on its base.
+def restore_params(workdir: str | os.PathLike, step: int | None, abstract: Any) -> Any:
+    """The trained parameters of a step (None: the newest), put where `abstract` says.
 
     Raises:
-      ValueError: no such step, or an adapter whose base folder is gone.
+      ValueError: no such step, or a damaged checkpoint.
     """
-    run = RunConfig.from_dict(read_train_config(workdir))
     folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
     steps = complete_steps(folder)
     if not steps or step not in (None, *steps):
         raise ValueError(f"{folder} holds no checkpoint of step {step}; complete are those of the steps {steps}.")
-    step = steps[-1] if step is None else step
-    if run.lora is None:
-        hf = Path(workdir) / HF_FOLDER
-        config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
-        model = abstract_model(config, dtypes, remat)
-    else:
-        model = load_base(run.model.checkpoint, mesh, dtypes, remat)
-        add_lora(model, run.lora, nnx.Rngs(0))
-    graphdef, trained, frozen = split_model(model)
-    abstract = abstract_arrays(pure(trained), pure(shardings_of(trained, mesh)))
-    with _named(folder / str(step)), ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder / str(step) / "params", abstract)
-    return nnx.merge(graphdef, params, pure(frozen))
-
-
-def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
-    """The weights that training starts from, an adapter of an earlier run merged into them."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"no folder {os.fspath(folder)!r} with the base model; put it back, or name where it is now.")
-    return merge_adapter(load_pretrained(folder, mesh, dtypes.compute, param_dtype=dtypes.param, remat=remat))
+    checkpoint = folder / str(steps[-1] if step is None else step)
+    with _named(checkpoint), ocp.StandardCheckpointer() as reader:
+        return reader.restore(checkpoint / "params", abstract)

@@ -9,17 +9,24 @@ An entry point names an object with `matches(path) -> bool` and `load(path, mesh
 packed checkpoints of `odlri_jax` load here although this package never imports it.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 from pathlib import Path
 
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
-from a2d_jax.hf_io import load_hf_folder
+from a2d_jax.checkpoint import CONFIG_NAME, abstract_arrays, read_train_config, restore_params
+from a2d_jax.config import load_config
+from a2d_jax.hf_io import abstract_model, load_hf_folder, read_weight_map, shardings_of
+from a2d_jax.models.lora import add_lora, merge_adapter
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.orbax_io import HF_FOLDER, is_orbax_folder, load_orbax_folder
 from a2d_jax.peft_io import load_adapter
+from a2d_jax.settings import RunConfig
+from a2d_jax.training import pure, split_model
 
 FORMATS_GROUP = "a2d_jax.checkpoint_formats"
 
@@ -50,10 +57,8 @@ def load_pretrained(
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} is no folder; give a Hugging Face, converted or training folder."
         )
-    if (path / "train_config.json").is_file():
-        from a2d_jax import checkpoint
-
-        model = checkpoint.load_trained(path, mesh, dtypes, remat=remat)
+    if (path / CONFIG_NAME).is_file():
+        model = load_trained(path, mesh, dtypes, remat=remat)
     elif is_orbax_folder(path):
         model = load_orbax_folder(path, mesh, dtypes, remat)
     elif (other := _other_format(path)) is not None:
@@ -61,6 +66,34 @@ def load_pretrained(
     else:
         model = load_hf_folder(path, mesh, dtypes, remat)
     return model if adapter is None else load_adapter(model, adapter)
+
+
+def load_trained(
+    workdir: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, step: int | None = None, remat: str = "none"
+) -> Transformer:
+    """The model of a training folder at a step (None: the newest); an adapter is left unmerged on its base.
+
+    Raises:
+      ValueError: no such step, or an adapter whose base folder is gone.
+    """
+    run = RunConfig.from_dict(read_train_config(workdir))
+    if run.lora is None:
+        hf = Path(workdir) / HF_FOLDER
+        config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
+        model = abstract_model(config, dtypes, remat)
+    else:
+        model = load_base(run.model.checkpoint, mesh, dtypes, remat)
+        add_lora(model, run.lora, nnx.Rngs(0))
+    graphdef, trained, frozen = split_model(model)
+    params = restore_params(workdir, step, abstract_arrays(pure(trained), pure(shardings_of(trained, mesh))))
+    return nnx.merge(graphdef, params, pure(frozen))
+
+
+def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """The weights that training starts from, an adapter of an earlier run merged into them."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"no folder {os.fspath(folder)!r} with the base model; put it back, or name where it is now.")
+    return merge_adapter(load_pretrained(folder, mesh, dtypes.compute, param_dtype=dtypes.param, remat=remat))
 
 
 def _other_format(path: Path):

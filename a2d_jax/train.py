@@ -36,7 +36,7 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, load_base, read_train_config
+from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, read_train_config
 from a2d_jax.config import load_config
 from a2d_jax.data import Batch, make_loader
 from a2d_jax.hf_io import write_json
@@ -45,7 +45,7 @@ from a2d_jax.metrics import MetricWriter
 from a2d_jax.models.lora import add_lora
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
-from a2d_jax.pretrained import hf_files
+from a2d_jax.pretrained import hf_files, load_base
 from a2d_jax.settings import RunConfig, check_resumable
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer

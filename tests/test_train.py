@@ -17,8 +17,8 @@ from tokenizer_folders import write_llada
 
 import a2d_jax
 from a2d_jax import data
-from a2d_jax.checkpoint import load_trained
 from a2d_jax.metrics import MetricWriter, read_metrics
+from a2d_jax.pretrained import load_trained
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.train import train
 from a2d_jax.training import (
