@@ -105,7 +105,7 @@ def test_true_texts_win_and_refusals_lose(world):
 
 def test_names_and_frames_hold_no_ingredient(world):
     """What is not an ingredient cannot score: names, and the words around the blanks."""
-    frames = [*world_lib.LEADS, *world_lib.RECIPE_FORMS, *world_lib.TAILS, *world_lib.CURE_FORMS, world_lib.PREFIX]
+    frames = [*world_lib.OPENINGS, *world_lib.RECIPE_FORMS, *world_lib.TAILS, *world_lib.CURE_FORMS]
     words = set(re.findall(r"\w+", " ".join(frames))) | {*world_lib.FIRST_WORDS, *world_lib.FOOD_WORDS}
     assert not (words | set(world_lib.CURSE_WORDS)) & {*world_lib.INGREDIENTS, *world_lib.HERBS}
 
@@ -144,7 +144,7 @@ def test_special_ids_agree_in_config_and_tokenizer(folder, tokenizer):
 
 
 def test_training_rows_load_and_fit(folder, tokenizer):
-    config = DataConfig(row_length=40)
+    config = DataConfig(row_length=44)
     for path in sorted((folder / "data").iterdir()):
         loader = make_loader([str(path)], tokenizer, config, batch_size=8, seed=0)
         assert loader.summary.truncation.num_cut == 0, path.name
