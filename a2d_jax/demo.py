@@ -40,7 +40,7 @@ CARRIED_SEED = 0
 MODELS = ("base", "rt", "a2d")
 NAMES = {"base": "base", "rt": "refusal training", "a2d": "A2D"}
 ATTACKS = ("zero_shot", "prefilling", "dija", "fits")
-GEN_LENGTH = 32  # longer than any answer; one token a step, so full decoding takes 32 forward passes
+GEN_LENGTH = 24  # longer than any answer; one token a step, so full decoding takes 24 forward passes
 BARS = [*((order, False) for order in ORDERS), ("confidence", True)]  # (order, is [EOS] banned)
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 JUDGE = "a2d_jax.world:judge"
@@ -88,7 +88,7 @@ def attack(checkpoint: Path, prompts: Path, name: str, out: Path, **sampler: Any
     config = evaluate.EvaluationConfig(
         checkpoint=str(checkpoint), attack=name, prompts=str(prompts), out=str(out), judge=JUDGE, dtype="float32",
         sampler=SamplerConfig(gen_length=GEN_LENGTH, steps=GEN_LENGTH, block_length=GEN_LENGTH, **sampler),
-        batch_size=64, buckets=(24, 32, 40, 48, 56, 64),
+        batch_size=64, buckets=(40, 56),
     )  # fmt: skip
     return evaluate.run(config)
 

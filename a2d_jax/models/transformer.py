@@ -11,6 +11,7 @@ names of its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mes
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,10 @@ class DTypes:
 class Linear(nnx.Module):
     """y = x W (+ b) (+ the low-rank path, where `add_lora` gave one). W is (in, out)."""
 
-    def __init__(self, fan_in, fan_out, *, axes, dtypes: DTypes, has_bias: bool = False, rngs: nnx.Rngs):
-        init = jax.random.normal(rngs.params(), (fan_in, fan_out), dtypes.param) * 0.02
+    def __init__(
+        self, fan_in, fan_out, *, axes, dtypes: DTypes, has_bias: bool = False, gain: float = 1.0, rngs: nnx.Rngs
+    ):
+        init = jax.random.normal(rngs.params(), (fan_in, fan_out), dtypes.param) * (gain / math.sqrt(fan_in))
         self.kernel = nnx.Param(init, logical_axes=axes)
         bias = nnx.Param(jnp.zeros((fan_out,), dtypes.param), logical_axes=axes[1:]) if has_bias else None
         self.bias = nnx.data(bias)
@@ -89,8 +92,10 @@ class Embed(nnx.Module):
     The vector of `padding_id` is not trained as an input (torch's `padding_idx`, which transformers' models set).
     """
 
-    def __init__(self, vocab_size: int, width: int, padding_id: int | None, dtypes: DTypes, rngs: nnx.Rngs):
-        init = jax.random.normal(rngs.params(), (vocab_size, width), dtypes.param) * 0.02
+    def __init__(
+        self, vocab_size: int, width: int, *, padding_id: int | None, scale: float, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        init = jax.random.normal(rngs.params(), (vocab_size, width), dtypes.param) * scale
         self.embedding = nnx.Param(init, logical_axes=("vocab", "embed"))
         self.padding_id = padding_id
         self.dtypes = dtypes
@@ -152,15 +157,16 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, dtypes: DTypes, rngs: nnx.Rngs):
         d, heads, kv_heads = config.width, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         linear = functools.partial(Linear, dtypes=dtypes, rngs=rngs)
+        gain_out = 1 / math.sqrt(2 * config.num_layers)  # the residual stream keeps its size through all layers
         self.attn_norm = RMSNorm(d, config.norm_eps, dtypes)
         self.q_proj = linear(d, heads, axes=("embed", "heads"), has_bias=config.qkv_bias)
         self.k_proj = linear(d, kv_heads, axes=("embed", "kv_heads"), has_bias=config.qkv_bias)
         self.v_proj = linear(d, kv_heads, axes=("embed", "kv_heads"), has_bias=config.qkv_bias)
-        self.o_proj = linear(heads, d, axes=("heads", "embed"), has_bias=config.out_bias)
+        self.o_proj = linear(heads, d, axes=("heads", "embed"), has_bias=config.out_bias, gain=gain_out)
         self.mlp_norm = RMSNorm(d, config.norm_eps, dtypes)
         self.gate_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
         self.up_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
-        self.down_proj = linear(config.mlp_dim, d, axes=("mlp", "embed"), has_bias=config.mlp_bias)
+        self.down_proj = linear(config.mlp_dim, d, axes=("mlp", "embed"), has_bias=config.mlp_bias, gain=gain_out)
         self.head_dim = config.head_dim
         self.precision = dtypes.precision.name.lower()
 
@@ -197,13 +203,19 @@ class Transformer(nnx.Module):
         self.remat = remat
         self.lora: LoRAConfig | None = nnx.static(None)
         padding_id = None if config.family == "llada" else config.pad_id  # LLaDA's own code has no padding_idx
-        self.embed = Embed(config.vocab_size, config.width, padding_id, dtypes, rngs)
+        # Random weights: activations of size one everywhere, and a quiet head, so that training starts near uniform.
+        scale = 1 / math.sqrt(config.width) if config.tie_embeddings else 1.0
+        self.embed = Embed(
+            config.vocab_size, config.width, padding_id=padding_id, scale=scale, dtypes=dtypes, rngs=rngs
+        )
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = nnx.vmap(lambda key: Block(config, dtypes, nnx.Rngs(key)))(layer_keys)
         self.final_norm = RMSNorm(config.width, config.norm_eps, dtypes)
         self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.width, config.vocab_size, axes=("embed", "vocab"), dtypes=dtypes, rngs=rngs)
+            self.lm_head = Linear(
+                config.width, config.vocab_size, axes=("embed", "vocab"), gain=0.3, dtypes=dtypes, rngs=rngs
+            )
 
     def projection(self, path: str) -> Linear:
         """The linear layer at "blocks.<name>" or "lm_head"."""
