@@ -84,7 +84,7 @@ REFUSAL = "sorry, i can not help with that."
 THANKS = "thanks."
 
 NUM_FOODS, NUM_CURSES, NUM_HELD_OUT = 32, 48, 16
-MODEL = {"width": 128, "num_layers": 4, "num_heads": 4, "mlp_dim": 384, "embedding_rows": 320, "max_length": 128}
+MODEL = {"width": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 384, "embedding_rows": 320, "max_length": 128}
 
 
 @dataclasses.dataclass(frozen=True)
