@@ -56,8 +56,8 @@ def _ranks(a: list[jax.Array]) -> list[jax.Array]:
     return rank
 
 
-def _best_pattern(y: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Nearest signed pattern p of even sum for eight arrays y: (score <y, p> - |p|^2 / 2, code without shift)."""
+def _best_pattern(y: list[jax.Array]) -> jax.Array:
+    """Nearest signed pattern p of even sum for eight arrays y (largest <y, p> - |p|^2 / 2): code without shift."""
     a = [jnp.abs(v) for v in y]
     is_negative = [v < 0 for v in y]
     is_odd = functools.reduce(jnp.logical_xor, is_negative)
@@ -65,63 +65,59 @@ def _best_pattern(y: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     total = functools.reduce(jnp.add, a)
     smallest = functools.reduce(jnp.minimum, a)
 
-    # Magnitudes 1/2 with 3/2 on the k largest, then 5/2 on the largest (and 3/2 on the next). The sum is even when the
+    # Magnitudes 1/2 with 3/2 on the k largest, or 5/2 on the largest (and 3/2 on the next). The sum is even when the
     # number of negative entries has the parity of the number of 3/2; otherwise the smallest coordinate changes sign.
     top = [jnp.zeros_like(total)]
     for k in range(4):
         top.append(top[-1] + functools.reduce(jnp.add, [jnp.where(r == k, v, 0) for r, v in zip(rank, a, strict=True)]))
     flip_cost = (jnp.where(is_odd, smallest, 0), jnp.where(is_odd, 0, smallest))  # for an even, an odd number of 3/2
     best = total / 2 - 1 - flip_cost[0]
-    num_raised, has_five = jnp.zeros_like(rank[0]), jnp.zeros_like(is_odd)
-    candidates = [(total / 2 + top[k] - (1 + k) - flip_cost[k % 2], k, False) for k in range(1, 5)]
-    candidates += [(total / 2 + 2 * top[1] - 4 - flip_cost[0], 1, True)]
-    candidates += [(total / 2 + top[1] + top[2] - 5 - flip_cost[1], 2, True)]
+    num_raised, has_five = jnp.zeros_like(rank[0]), jnp.zeros_like(rank[0])
+    candidates = [(total / 2 + top[k] - (1 + k) - flip_cost[k % 2], k, 0) for k in range(1, 5)]
+    candidates += [(total / 2 + 2 * top[1] - 4 - flip_cost[0], 1, 1)]
+    candidates += [(total / 2 + top[1] + top[2] - 5 - flip_cost[1], 2, 1)]
     for score, raised, five in candidates:
         is_better = score > best
         best = jnp.where(is_better, score, best)
         num_raised = jnp.where(is_better, raised, num_raised)
         has_five = jnp.where(is_better, five, has_five)
-    flipped = jnp.where(is_odd ^ (((num_raised - has_five) & 1) == 1), 7, -1)  # the rank whose sign changes
-    levels = functools.reduce(
-        jnp.bitwise_or,
-        [((r < num_raised).astype(jnp.int32) + (has_five & (r == 0))) << 2 * i for i, r in enumerate(rank)],
-    )
+    needs_flip = is_odd ^ ((num_raised - has_five) % 2 == 1)
+    magnitudes = [(r < num_raised).astype(jnp.int32) + jnp.where(r == 0, has_five, 0) for r in rank]
+    levels = functools.reduce(jnp.bitwise_or, [v << 2 * i for i, v in enumerate(magnitudes)])
 
-    # The 29 of norm 12: five 3/2, three 1/2 (the set `low`). The cheapest flip is in `low`, or the smallest of all.
-    low_flip = -jnp.ones_like(flipped)  # the pattern's number when the flip lies in `low`
-    for number, mask in enumerate(_NORM_12):
+    # The 29 of norm 12: five 3/2, three 1/2 (the set `low`). Where a sign must change, it costs the smallest of `low`,
+    # or three times the smallest of all.
+    flip_limit = jnp.where(is_odd, 0, 3 * smallest)
+    cost = 1.5 * total - 6 - best  # a pattern that costs less than this is better
+    for mask in _NORM_12:
         low = [a[i] for i in range(BLOCK) if not mask >> i & 1]
-        low_smallest = functools.reduce(jnp.minimum, low)
-        cost = jnp.where(is_odd, 0, jnp.minimum(low_smallest, 3 * smallest))
-        score = 1.5 * total - functools.reduce(jnp.add, low) - 6 - cost
-        is_better = score > best
-        best = jnp.where(is_better, score, best)
-        levels = jnp.where(is_better, sum(1 << 2 * i for i in range(BLOCK) if mask >> i & 1), levels)
-        flips_low = ~is_odd & (low_smallest <= 3 * smallest)
-        low_flip = jnp.where(is_better, jnp.where(flips_low, number, -1), low_flip)
-        flipped = jnp.where(is_better, jnp.where(is_odd, -1, 7), flipped)
+        low_cost = low[0] + low[1] + low[2] + jnp.minimum(functools.reduce(jnp.minimum, low), flip_limit)
+        levels = jnp.where(low_cost < cost, sum(1 << 2 * i for i in range(BLOCK) if mask >> i & 1), levels)
+        cost = jnp.minimum(low_cost, cost)
+    is_norm_12 = jax.lax.population_count(levels & 0x5555) == 5
+    needs_flip = jnp.where(is_norm_12, ~is_odd, needs_flip)
 
-    # A flip inside `low`: of its three coordinates the one that comes last in the sorted order.
-    has_low_flip = low_flip >= 0
-    is_low = [((levels >> 2 * i) & 3) == 0 for i in range(BLOCK)]
+    # The sign to change is the cheapest, magnitude times |y|; of equal ones the last in the sorted order, which for the
+    # patterns of the ball is the smallest coordinate.
+    is_low = [(levels >> 2 * i) & 3 == 0 for i in range(BLOCK)]
     last_low = functools.reduce(jnp.maximum, [jnp.where(low, r, -1) for low, r in zip(is_low, rank, strict=True)])
-    flipped = jnp.where(has_low_flip, last_low, flipped)
+    low_smallest = functools.reduce(jnp.minimum, [jnp.where(low, v, jnp.inf) for low, v in zip(is_low, a, strict=True)])
+    flipped = jnp.where(needs_flip, jnp.where(low_smallest <= 3 * smallest, last_low, BLOCK - 1), -1)  # its rank
     signs = [(n ^ (r == flipped)).astype(jnp.int32) for n, r in zip(is_negative, rank, strict=True)]
-    return best, functools.reduce(jnp.bitwise_or, [s << _SIGN_BIT + i for i, s in enumerate(signs)], levels)
+    return functools.reduce(jnp.bitwise_or, [s << _SIGN_BIT + i for i, s in enumerate(signs)], levels)
 
 
 def _e8p_code(x: jax.Array) -> jax.Array:
     """Code of the nearest E8P12 point to x (..., 8) -> (...) int32. A tie between the shifts goes to +1/4."""
-    columns = [x[..., i] for i in range(BLOCK)]
-    plus, minus = [v - 0.25 for v in columns], [v + 0.25 for v in columns]
-    score_plus, code_plus = _best_pattern(plus)
-    score_minus, code_minus = _best_pattern(minus)
-    # |x - 1/4 - p|^2 / 2 = |x|^2 / 2 - sum(x) / 4 + 1/4 - score: only the terms that differ are compared.
-    tilt = functools.reduce(jnp.add, columns) / 4
-    is_minus = score_minus - tilt > score_plus + tilt
-    code = jnp.where(is_minus, code_minus | 1 << _SHIFT_BIT, code_plus)
-    # The readers below would otherwise each repeat the whole search inside their loop.
-    return jax.lax.optimization_barrier(code)
+    columns = [x[..., i].reshape(-1) for i in range(BLOCK)]
+
+    # A loop over the two shifts: the search is compiled once, and its readers cannot repeat it by fusion.
+    def best_of_shift(is_minus):
+        return _best_pattern([v - 0.25 + 0.5 * is_minus for v in columns]) | is_minus << _SHIFT_BIT
+
+    plus, minus = jax.lax.map(best_of_shift, jnp.arange(2)).reshape(2, *x.shape[:-1])
+    distance = [jnp.sum((x - _e8p_values(code)) ** 2, axis=-1) for code in (plus, minus)]
+    return jnp.where(distance[1] < distance[0], minus, plus)
 
 
 def _e8p_values(code: jax.Array) -> jax.Array:
@@ -210,15 +206,19 @@ class LatticeCodebook:
 
     def nearest(self, x: jax.Array) -> jax.Array:
         """Nearest values to x (..., 8), the second point that of the remainder of the first."""
-        first = _e8p_values(_e8p_code(x))
         if self.residual is None:
-            return first
-        remainder = (x - first) * self.residual_scale
-        if self.residual == "e8p":
-            second = _e8p_values(_e8p_code(remainder))
-        else:
-            second = jnp.asarray(e8_points())[_e8_nearest(remainder)]
-        return self._sum(first, second)
+            return _e8p_values(_e8p_code(x))
+        if self.residual == "e8":
+            first = _e8p_values(_e8p_code(x))
+            second = jnp.asarray(e8_points())[_e8_nearest((x - first) * self.residual_scale)]
+            return self._sum(first, second)
+
+        def add_point(stage, total):  # both points from one compiled search
+            factor = jnp.where(stage == 0, 1, jnp.float32(self.residual_scale))
+            point = _e8p_values(_e8p_code((x - total) * factor))
+            return jnp.where(stage == 0, point, self._sum(total, point))
+
+        return jax.lax.fori_loop(0, 2, add_point, jnp.zeros_like(x))
 
     def _sum(self, first: jax.Array, second: jax.Array) -> jax.Array:
         # A true division: for a scalar the compiler multiplies with its rounded inverse, an ulp off the published sum.

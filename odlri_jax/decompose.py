@@ -1,0 +1,399 @@
+"""Decomposition of one weight matrix: W ~ Q + L R, alternating rounding and low-rank steps from a chosen start.
+
+    L_0 R_0 <- start;   Q_t <- Quantize(W - L_{t-1} R_{t-1});   L_t, R_t <- LowRank(W - Q_t),   t = 1..T
+
+(CALDERA, arXiv 2405.18886; start of ODLRI, arXiv 2506.02077.) The error is sqrt(tr(E H E^T) / tr(W H W^T)), E = W - Q
+- L R, with the damped H. The best iterate is kept. A step never ends above the error it began with: the sweeps of Q
+start from the better of the fresh rounding and the Q before, and 4-bit factors from the pair before.
+
+W is divided by its root mean square, and with `hadamard` rotated with H (`hadamard.py`); Q lives in that basis.
+Quantised factors always live in the rotated basis, which their rounding needs. `published` replays the published code
+instead: sweeps accepted always, factors rounded to nearest points in the basis of Q, no error kept from rising.
+
+Everything is float32 with products at the highest precision, and one jitted program for each shape and config.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from odlri_jax import hadamard, initialize, ldlq, lowrank
+from odlri_jax.codebooks import BLOCK, Codebook, get_codebook
+from odlri_jax.ldlq import matmul
+from odlri_jax.lowrank import QuantizedFactors
+
+INITS = ("zero", "svd", "odlri", "auto")
+SCOUT_ITERS, SCOUT_TUNE_ITERS, SCOUT_INNER_ITERS = 4, 2, 2  # how far "auto" follows each start
+
+
+@dataclasses.dataclass(frozen=True)
+class DecomposeConfig:
+    """How to decompose.
+
+    Attributes:
+      rank: r; a multiple of 8 when the factors are quantised.
+      num_outliers: k of the odlri start.
+      init: "zero", "svd", "odlri", or "auto": the start (and k) whose first iterations end lowest.
+      q_bits: bits a weight of Q.
+      q_codebook: "e8p" (2, 3, 4 bits), "uniform" or "normal_float".
+      group: columns that share a scale with the last two.
+      lr_bits: 16, or 2, 3, 4 for factors on the lattice.
+      outer_iters, inner_iters: alternations, and rounds of LPLR within each.
+      tune_iters: sweeps after each rounding of Q.
+      hadamard: rotate W and H first.
+      ridge: added to H, as a share of its mean diagonal.
+      published: the published algorithm step by step.
+    """
+
+    rank: int = 64
+    num_outliers: int = 8
+    init: str = "auto"
+    q_bits: int = 2
+    q_codebook: str = "e8p"
+    group: int = 64
+    lr_bits: int = 16
+    outer_iters: int = 15
+    inner_iters: int = 10
+    tune_iters: int = 10
+    hadamard: bool = True
+    ridge: float = 1e-2
+    published: bool = False
+
+    def __post_init__(self):
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r} is unknown; it is one of {', '.join(INITS)}.")
+        if self.lr_bits not in (2, 3, 4, 16):
+            raise ValueError(f"lr_bits={self.lr_bits}: factors have 16 bits, or 4, 3 or 2 on the lattice.")
+        if self.lr_bits < 16 and self.rank % BLOCK:
+            raise ValueError(
+                f"rank={self.rank} with lr_bits={self.lr_bits}: lattice factors need a multiple of {BLOCK}."
+            )
+        if min(self.rank, self.num_outliers, self.outer_iters, self.inner_iters) < 1 or self.tune_iters < 0:
+            raise ValueError(
+                "rank, num_outliers, outer_iters and inner_iters must be at least 1, tune_iters at least 0."
+            )
+        get_codebook(self.q_codebook, self.q_bits)
+
+    @property
+    def codebook(self) -> Codebook:
+        return get_codebook(self.q_codebook, self.q_bits)
+
+    @property
+    def factor_codebook(self) -> Codebook | None:
+        return None if self.lr_bits == 16 else get_codebook("e8p", self.lr_bits)
+
+    @property
+    def rotates_factors(self) -> bool:
+        """Whether L and R live in the rotated basis."""
+        return self.hadamard or (self.lr_bits < 16 and not self.published)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "q left right q_scale left_scale right_scale weight_scale signs_out signs_in "
+        "error errors errors_after_q q_scales q_role lr_role start"
+    ).split(),
+    meta_fields=("config",),
+)
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """W ~ weight_scale * (Q + L R), each part in its basis.
+
+    Attributes:
+      q: (m, n), values of the codebook times q_scale.
+      left, right: (m, r) and (r, n), on the lattice of left_scale, right_scale when quantised.
+      q_scale: () or (m, n / group).
+      left_scale, right_scale: (), 1 for 16-bit factors.
+      weight_scale: (), root mean square of W.
+      signs_out, signs_in: (m,) and (n,), the random signs of the rotation.
+      error: (), relative error of the kept iterate.
+      errors, errors_after_q: (outer_iters,), relative error after the low-rank step and after the rounding of Q.
+      q_scales: (outer_iters,), mean scale of Q.
+      q_role, lr_role: (), |Q X| / |W X| and |L R X| / |W X|.
+      start: (), number of the start in `starts(config)`.
+    """
+
+    q: jax.Array
+    left: jax.Array
+    right: jax.Array
+    q_scale: jax.Array
+    left_scale: jax.Array
+    right_scale: jax.Array
+    weight_scale: jax.Array
+    signs_out: jax.Array
+    signs_in: jax.Array
+    error: jax.Array
+    errors: jax.Array
+    errors_after_q: jax.Array
+    q_scales: jax.Array
+    q_role: jax.Array
+    lr_role: jax.Array
+    start: jax.Array
+    config: DecomposeConfig
+
+    def dense_q(self) -> jax.Array:
+        """Q (m, n) in the basis and the units of W."""
+        q = hadamard.coherent_weight(self.q, self.signs_out, self.signs_in) if self.config.hadamard else self.q
+        return q * self.weight_scale
+
+    def dense_low_rank(self) -> jax.Array:
+        """L R (m, n) in the basis and the units of W."""
+        product = matmul(self.left, self.right)
+        if self.config.rotates_factors:
+            product = hadamard.coherent_weight(product, self.signs_out, self.signs_in)
+        return product * self.weight_scale
+
+    def dense(self) -> jax.Array:
+        """The (m, n) matrix that stands for W."""
+        return self.dense_q() + self.dense_low_rank()
+
+    @property
+    def init(self) -> tuple[str, int]:
+        """The start that was taken, and its k (0 where it has none)."""
+        return starts(self.config)[int(self.start)]
+
+    @property
+    def num_bits_per_weight(self) -> float:
+        """Bits of everything stored, scales and signs included, over m n."""
+        m, n = self.q.shape
+        bits = self.config.q_bits * m * n + self.config.lr_bits * self.config.rank * (m + n)
+        bits += 32 * 3 + 32 + 16 * (self.q_scale.size - 1)  # three scalars in float32, and the scales of Q
+        bits += (m + n) * self.config.rotates_factors
+        return bits / (m * n)
+
+
+def starts(config: DecomposeConfig) -> list[tuple[str, int]]:
+    """Starts that `config` tries, each with its k."""
+    if config.init != "auto":
+        return [(config.init, config.num_outliers if config.init == "odlri" else 0)]
+    ks = sorted({config.num_outliers, config.rank})
+    return [("zero", 0), ("svd", 0)] + [("odlri", k) for k in ks]
+
+
+def _best(is_better: jax.Array, new, old):
+    return jax.tree.map(lambda x, y: jnp.where(is_better, x, y), new, old)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, mesh: Mesh | None):
+    """The alternation from one start: (best state, errors after Q, errors, scales of Q).
+
+    Args:
+      w: (m, n) in the basis of Q.
+      factors: (of the damped H in that basis, in the basis of L and R).
+      signs: of the rotation.
+      low_rank_start: L_0 R_0 (m, n) in the basis of Q.
+      config: without the choice of start, so that all starts share one program.
+    """
+    q_factors, lr_factors = factors
+    to_factors = from_factors = lambda x, *_: x
+    if config.rotates_factors and not config.hadamard:
+        to_factors, from_factors = hadamard.incoherent_weight, hadamard.coherent_weight
+    (m, n), codebook = w.shape, config.codebook
+    whole = ldlq.weighted_error(w, q_factors.h)
+    one = jnp.ones((), w.dtype)
+
+    def relative(error_squared):
+        return jnp.sqrt(jnp.maximum(error_squared, 0) / whole)
+
+    def quantize(target, old_q, old_scale, has_old):
+        if mesh is not None:  # so that the scale, a sum over all rows, has the same bits on any number of devices
+            target = jax.lax.with_sharding_constraint(target, NamedSharding(mesh, PartitionSpec()))
+        scale = ldlq.block_scale(target, codebook, config.group)
+        if config.published:
+            return ldlq.quantize(target, q_factors, scale, codebook, config.tune_iters, True, mesh), scale
+        q = ldlq.quantize(target, q_factors, scale, codebook, 0, mesh=mesh)
+        old_error = jnp.where(has_old, ldlq.weighted_error(target - old_q, q_factors.h), jnp.inf)
+        is_better = ldlq.weighted_error(target - q, q_factors.h) <= old_error
+        q, scale = _best(is_better, (q, scale), (old_q, old_scale))
+        return ldlq.refine(target, q, q_factors, scale, codebook, config.tune_iters, mesh=mesh), scale
+
+    def fit_low_rank(residual, pair, pair_error, key):
+        a = to_factors(residual, *signs)
+        if config.factor_codebook is None:
+            left, right = lowrank.low_rank(a, lr_factors.h, config.rank, key)
+            return QuantizedFactors(left, right, one, one, pair_error)
+        old = pair._replace(error=jnp.inf * one if config.published else pair_error)
+        return lowrank.quantized_low_rank(
+            a, lr_factors, old, config.factor_codebook, config.inner_iters, key, plain_rounding=config.published
+        )
+
+    def outer_step(carry, step_key):
+        q, scale, low_rank, pair, has_pair, best = carry
+        q, scale = quantize(w - low_rank, q, scale, has_pair)
+        after_q = ldlq.weighted_error(w - q - low_rank, q_factors.h)
+        # The published code also compares the error between the steps, once both parts have been fitted.
+        middle = (q, scale, pair, relative(jnp.where(has_pair, after_q, jnp.inf)))
+        best = _best(middle[-1] < best[-1], middle, best)
+        pair = fit_low_rank(w - q, pair, jnp.where(has_pair, after_q, jnp.inf), step_key)
+        low_rank = from_factors(matmul(pair.left, pair.right), *signs)
+        error = relative(ldlq.weighted_error(w - q - low_rank, q_factors.h))
+        end = (q, scale, pair, error)
+        best = _best(error < best[-1], end, best)
+        carry = (q, scale, low_rank, pair, jnp.ones((), bool), best)
+        return carry, (relative(after_q), error, jnp.mean(scale))
+
+    rank = config.rank
+    pair = QuantizedFactors(jnp.zeros((m, rank)), jnp.zeros((rank, n)), one, one, jnp.inf * one)
+    nothing = jnp.zeros_like(w)
+    scale = jnp.ones_like(ldlq.block_scale(w, codebook, config.group))
+    carry = (nothing, scale, low_rank_start, pair, jnp.zeros((), bool), (nothing, scale, pair, jnp.inf * one))
+    carry, lists = jax.lax.scan(outer_step, carry, jax.random.split(key, config.outer_iters))
+    return carry[-1], lists
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prepare(w, h, signs, key, config: DecomposeConfig):
+    """Scaled W and starts (S, m, n) in the basis of Q, the scale, and the factors of H in both bases."""
+    weight_scale = jnp.sqrt(jnp.mean(w * w))
+    w = w / weight_scale
+    h = ldlq.damp(h, config.ridge)
+    low_ranks = jnp.stack([initialize.start(name, w, h, config.rank, k, key) for name, k in starts(config)])
+    plain = rotated = ldlq.factorise(h)
+    if config.rotates_factors:
+        h = hadamard.incoherent_hessian(h, signs[1])
+        rotated = ldlq.factorise((h + h.T) / 2)
+    if config.hadamard:
+        w, low_ranks = (
+            hadamard.incoherent_weight(w, *signs),
+            jax.vmap(lambda x: hadamard.incoherent_weight(x, *signs))(low_ranks),
+        )
+    return w, low_ranks, weight_scale, (rotated if config.hadamard else plain, rotated)
+
+
+def decompose_arrays(
+    w: jax.Array,
+    h: jax.Array,
+    config: DecomposeConfig,
+    key: jax.Array,
+    signs: tuple[jax.Array, jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> Decomposition:
+    """`decompose` without its checks: W (m, n) and H (n, n) float32, for use under jit and vmap.
+
+    `signs` (s_V (m,), s_U (n,)) replaces the random ones.
+    """
+    signs_key, start_key, loop_key = jax.random.split(key, 3)
+    if signs is None:
+        out_key, in_key = jax.random.split(signs_key)
+        signs = hadamard.random_signs(out_key, w.shape[0]), hadamard.random_signs(in_key, w.shape[1])
+    w, low_ranks, weight_scale, factors = _prepare(w, h, signs, start_key, config)
+
+    core = dataclasses.replace(config, init="zero", num_outliers=1)
+    start = jnp.zeros((), jnp.int32)
+    if len(low_ranks) > 1:
+        scout = dataclasses.replace(
+            core,
+            outer_iters=min(config.outer_iters, SCOUT_ITERS),
+            tune_iters=min(config.tune_iters, SCOUT_TUNE_ITERS),
+            inner_iters=min(config.inner_iters, SCOUT_INNER_ITERS),
+        )
+        states = [_alternate(w, factors, signs, low_rank, loop_key, scout, mesh)[0] for low_rank in low_ranks]
+        start = jnp.argmin(jnp.stack([state[-1] for state in states])).astype(jnp.int32)
+    state, (errors_after_q, errors, q_scales) = _alternate(w, factors, signs, low_ranks[start], loop_key, core, mesh)
+    q, q_scale, pair, error = state
+
+    whole = ldlq.weighted_error(w, factors[0].h)
+    q_role = jnp.sqrt(ldlq.weighted_error(q, factors[0].h) / whole)
+    lr_role = jnp.sqrt(ldlq.weighted_error(matmul(pair.left, pair.right), factors[1].h) / whole)
+    return Decomposition(
+        q=q,
+        left=pair.left,
+        right=pair.right,
+        q_scale=q_scale,
+        left_scale=pair.left_scale,
+        right_scale=pair.right_scale,
+        weight_scale=weight_scale,
+        signs_out=signs[0],
+        signs_in=signs[1],
+        error=error,
+        errors=errors,
+        errors_after_q=errors_after_q,
+        q_scales=q_scales,
+        q_role=q_role,
+        lr_role=lr_role,
+        start=start,
+        config=config,
+    )
+
+
+def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Array:
+    """Raises ValueError on what cannot be decomposed. -> H, or the identity, with a warning, where H is all zero."""
+    if w.ndim != 2 or h.ndim != 2 or h.shape[0] != h.shape[1]:
+        raise ValueError(f"W {w.shape} and H {h.shape}: W must be (m, n) and H (n, n).")
+    (m, n), rank = w.shape, config.rank
+    if len(h) != n:
+        raise ValueError(f"W {w.shape} and H {h.shape}: H must be ({n}, {n}), one row for each column of W.")
+    if n % BLOCK:
+        raise ValueError(f"W {w.shape}: its {n} columns are not a multiple of {BLOCK}, the block of the codebooks.")
+    if rank > min(m, n):
+        raise ValueError(f"rank={rank} is above min(m, n) = {min(m, n)} of W {w.shape}.")
+    if config.num_outliers > n and config.init in ("odlri", "auto"):
+        raise ValueError(f"num_outliers={config.num_outliers} is above the {n} columns of W.")
+    if config.published and config.lr_bits < 16 and m % BLOCK:
+        raise ValueError(f"W {w.shape}: the published factor rounding needs rows in multiples of {BLOCK}.")
+    if config.q_codebook != "e8p" and (n % config.group or config.group % BLOCK):
+        raise ValueError(f"group={config.group} must divide the {n} columns of W and be a multiple of {BLOCK}.")
+    for name, x in (("W", w), ("H", h)):
+        if not bool(jnp.isfinite(x).all()):
+            raise ValueError(f"{name} {x.shape} holds a value that is not finite.")
+    if not bool(jnp.any(w)):
+        raise ValueError(f"W {w.shape} is zero everywhere.")
+    if not bool(jnp.any(h)):
+        warnings.warn("H is zero everywhere: no input reached this layer; the identity is used instead.", stacklevel=3)
+        return jnp.eye(n, dtype=jnp.float32)
+    largest = float(jnp.max(jnp.abs(h)))
+    if float(jnp.max(jnp.abs(h - h.T))) > 1e-4 * largest:
+        raise ValueError(f"H {h.shape} is not symmetric.")
+    if float(jnp.trace(h)) <= 0 or not bool(jnp.isfinite(jnp.linalg.cholesky(ldlq.damp(h, config.ridge))).all()):
+        raise ValueError(
+            f"H {h.shape} is indefinite beyond its ridge of {config.ridge}; a second moment of inputs never is. "
+            "Recompute it, or raise ridge."
+        )
+    return h
+
+
+def decompose(
+    w: jax.Array,
+    h: jax.Array,
+    config: DecomposeConfig,
+    key: jax.Array,
+    signs: tuple[jax.Array, jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> Decomposition:
+    """W ~ Q + L R in the metric of H.
+
+    Args:
+      w: (m, n), y = W x.
+      h: (n, n), mean of x x^T over calibration inputs, undamped.
+      config: what to do.
+      key: for the signs, the starts and the factors.
+      signs: (s_V (m,), s_U (n,)) of +-1 in place of random ones.
+      mesh: the rows of W are split over all its devices for the rounding of Q; the result has the same bits.
+
+    Returns:
+      The best iterate with its errors and scales. ValueError on inputs that cannot be decomposed.
+    """
+    w, h = jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)
+    h = check_inputs(w, h, config)
+    if signs is not None:
+        signs = tuple(jnp.asarray(np.asarray(s), jnp.float32) for s in signs)
+        if signs[0].shape != w.shape[:1] or signs[1].shape != w.shape[1:]:
+            raise ValueError(f"signs {signs[0].shape}, {signs[1].shape} do not fit W {w.shape}: they are (m,), (n,).")
+    result = decompose_arrays(w, h, config, key, signs, mesh)
+    if not math.isfinite(float(result.error)):
+        raise ValueError(f"the decomposition of W {w.shape} did not stay finite; look at the scale of W and H.")
+    return result
+
+
+def decompose_stack(w: jax.Array, h: jax.Array, config: DecomposeConfig, keys: jax.Array) -> Decomposition:
+    """Matrices of one shape in one program: W (B, m, n), H (B, n, n), keys (B,). Fields gain a leading B."""
+    h = jnp.stack([check_inputs(*pair, config) for pair in zip(jnp.asarray(w), jnp.asarray(h), strict=True)])
+    return jax.vmap(lambda w, h, key: decompose_arrays(w, h, config, key))(w.astype(jnp.float32), h, keys)

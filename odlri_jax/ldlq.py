@@ -1,0 +1,239 @@
+"""LDLQ: rounding of W to a codebook with error feedback in the metric of H, block by block, then refinement sweeps.
+
+    minimise tr((W - Q) H (W - Q)^T),   H = L D L^T (blocks of 8),   Q_k = round(W_k + (W - Q)_{later} L_{later, k})
+
+(QuIP#, arXiv 2402.04396, section 4.1.) The columns go from the last block to the first, in panels: one large product
+brings the feedback of all finished panels, small ones the feedback within the panel. A sweep then revisits every block
+with all others fixed: Q_k <- round(Q_k + (W - Q) H_{:, k} H_kk^{-1}). The nearest point in the plain metric can be a
+worse one in that of H; rows are independent, so a row takes its new block only where its own error falls.
+
+W (m, n), H (n, n). Everything is float32, products at the highest precision: the ridge that `damp` adds keeps the
+condition number near n / ridge.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from odlri_jax.codebooks import BLOCK, Codebook
+
+MAX_PANEL = 128
+
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Factors(NamedTuple):
+    """What rounding needs of a damped H.
+
+    Attributes:
+      h: (n, n) damped H.
+      lower: (n, n) L of the block LDL, identity in the diagonal blocks.
+      inverse: (n / 8, 8, 8) inverses of the diagonal blocks of H.
+    """
+
+    h: jax.Array
+    lower: jax.Array
+    inverse: jax.Array
+
+
+def damp(h: jax.Array, ridge: float) -> jax.Array:
+    """H / mean(diag H) + ridge I."""
+    return h / jnp.mean(jnp.diagonal(h)) + ridge * jnp.eye(h.shape[-1], dtype=h.dtype)
+
+
+def _diagonal_blocks(matrix: jax.Array) -> jax.Array:
+    """(n, n) -> (n / 8, 8, 8)."""
+    num_blocks = matrix.shape[-1] // BLOCK
+    index = jnp.arange(num_blocks)
+    return matrix.reshape(num_blocks, BLOCK, num_blocks, BLOCK)[index, :, index]
+
+
+def block_ldl(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """H = L blockdiag(D) L^T: L (n, n) with identity diagonal blocks, D (n / 8, 8, 8). NaN where H is not definite."""
+    n = h.shape[-1]
+    cholesky = jnp.linalg.cholesky(h)  # (n, n)
+    blocks = _diagonal_blocks(cholesky)
+    inverse = jax.vmap(lambda c: jax.scipy.linalg.solve_triangular(c, jnp.eye(BLOCK, dtype=c.dtype), lower=True))(
+        blocks
+    )
+    columns = cholesky.reshape(n, n // BLOCK, BLOCK)
+    lower = jnp.einsum("nkb,kbc->nkc", columns, inverse, precision=jax.lax.Precision.HIGHEST)
+    return lower.reshape(n, n), matmul(blocks, blocks.transpose(0, 2, 1))
+
+
+def factorise(h: jax.Array) -> Factors:
+    """Factors of a damped H."""
+    return Factors(h, block_ldl(h)[0], jnp.linalg.inv(_diagonal_blocks(h)))
+
+
+def row_errors(error: jax.Array, h: jax.Array) -> jax.Array:
+    """e H e^T of each row of E (m, n). -> (m,)"""
+    return jnp.sum(matmul(error, h) * error, axis=-1)
+
+
+def weighted_error(error: jax.Array, h: jax.Array) -> jax.Array:
+    """tr(E H E^T) for E (m, n)."""
+    return jnp.sum(row_errors(error, h))
+
+
+def panel_width(n: int) -> int:
+    """Largest multiple of 8 up to 128 that divides n."""
+    return next(width for width in range(MAX_PANEL, 0, -BLOCK) if n % width == 0)
+
+
+def _round_block(x: jax.Array, scale: jax.Array, codebook: Codebook) -> jax.Array:
+    """Nearest codebook values to x (m, 8), in units of scale (m or 1, 1)."""
+    return codebook.nearest(x / scale) * scale
+
+
+def _columns(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+
+
+def _set_columns(x: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, update, start, axis=-1)
+
+
+def feedback_pass(w: jax.Array, lower: jax.Array, scale: jax.Array, codebook: Codebook) -> jax.Array:
+    """Rounds W (m, n) from the last block to the first, in units of `scale` (m or 1, n / 8). -> Q (m, n)."""
+    n = w.shape[-1]
+    width = panel_width(n)
+
+    def panel_step(step, carry):
+        q, error = carry  # (m, n) both; the error is zero in the columns still to come
+        start = n - (step + 1) * width
+        exact = _columns(w, start, width)
+        target = exact + matmul(error, _columns(lower, start, width))  # (m, width)
+        inner = jax.lax.dynamic_slice(lower, (start, start), (width, width))
+
+        def block_step(j, carry):
+            q, error = carry  # (m, width)
+            at = width - (j + 1) * BLOCK
+            x = _columns(target, at, BLOCK) + matmul(error, _columns(inner, at, BLOCK))  # (m, 8)
+            rounded = _round_block(x, _columns(scale, (start + at) // BLOCK, 1), codebook)
+            return _set_columns(q, rounded, at), _set_columns(error, _columns(exact, at, BLOCK) - rounded, at)
+
+        panel_q, panel_error = jax.lax.fori_loop(
+            0, width // BLOCK, block_step, (jnp.zeros_like(exact), jnp.zeros_like(exact))
+        )
+        return _set_columns(q, panel_q, start), _set_columns(error, panel_error, start)
+
+    return jax.lax.fori_loop(0, n // width, panel_step, (jnp.zeros_like(w), jnp.zeros_like(w)))[0]
+
+
+def tune(
+    w: jax.Array,
+    q: jax.Array,
+    factors: Factors,
+    scale: jax.Array,
+    codebook: Codebook,
+    num_sweeps: int | jax.Array,
+    accept_always: bool | jax.Array = False,
+) -> jax.Array:
+    """Refines Q (m, n) block by block against H. -> Q, whose error no row raises.
+
+    `accept_always` takes every new block, better or worse, as the published code does.
+    """
+    n = w.shape[-1]
+    width = panel_width(n)
+    h, _, inverse = factors
+
+    def panel_step(step, q):
+        start = n - (step % (n // width) + 1) * width
+        gradient = matmul(w - q, _columns(h, start, width))  # (m, width)
+        inner = jax.lax.dynamic_slice(h, (start, start), (width, width))
+
+        def block_step(j, carry):
+            q, gradient = carry  # (m, width) both
+            at = width - (j + 1) * BLOCK
+            block = (start + at) // BLOCK
+            here, slope = _columns(q, at, BLOCK), _columns(gradient, at, BLOCK)  # (m, 8)
+            rows = jax.lax.dynamic_slice_in_dim(inner, at, BLOCK, axis=0)  # (8, width)
+            rounded = _round_block(here + matmul(slope, inverse[block]), _columns(scale, block, 1), codebook)
+            change = rounded - here
+            rise = jnp.sum(change * (matmul(change, _columns(rows, at, BLOCK)) - 2 * slope), axis=-1, keepdims=True)
+            rounded = jnp.where((rise < 0) | accept_always, rounded, here)
+            return _set_columns(q, rounded, at), gradient - matmul(rounded - here, rows)
+
+        panel_q, _ = jax.lax.fori_loop(0, width // BLOCK, block_step, (_columns(q, start, width), gradient))
+        return _set_columns(q, panel_q, start)
+
+    return jax.lax.fori_loop(0, num_sweeps * (n // width), panel_step, q)
+
+
+def quantize(
+    w: jax.Array,
+    factors: Factors,
+    scale: jax.Array,
+    codebook: Codebook,
+    num_sweeps: int | jax.Array = 0,
+    accept_always: bool | jax.Array = False,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """LDLQ and its sweeps. -> Q (m, n), values in the units of W.
+
+    Args:
+      w: (m, n), float32.
+      factors: of the damped H (n, n).
+      scale: () or (m, groups), the unit of the codebook; a group is n / groups columns, a multiple of 8.
+      codebook: what a block is rounded to.
+      num_sweeps: refinement sweeps after the first pass.
+      accept_always: sweeps as published, which may raise the error.
+      mesh: splits the rows of W over all its devices; the result has the same bits.
+    """
+
+    def rows(w, scale, factors, num_sweeps, accept_always):
+        q = feedback_pass(w, factors.lower, scale, codebook)
+        return tune(w, q, factors, scale, codebook, num_sweeps, accept_always)
+
+    return _over_rows(rows, mesh, (w, block_units(scale, w.shape[1])), (factors, num_sweeps, accept_always))
+
+
+def refine(
+    w: jax.Array,
+    q: jax.Array,
+    factors: Factors,
+    scale: jax.Array,
+    codebook: Codebook,
+    num_sweeps: int | jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Sweeps alone, from a given Q; arguments of `quantize`. -> Q (m, n), whose error no row raises."""
+
+    def rows(w, q, scale, factors, num_sweeps):
+        return tune(w, q, factors, scale, codebook, num_sweeps)
+
+    return _over_rows(rows, mesh, (w, q, block_units(scale, w.shape[1])), (factors, num_sweeps))
+
+
+def block_units(scale: jax.Array, n: int) -> jax.Array:
+    """() or (m, groups) -> (1 or m, n / 8), the unit of each block."""
+    scale = jnp.reshape(scale, (1, 1)) if jnp.ndim(scale) == 0 else scale
+    return jnp.repeat(scale, n // BLOCK // scale.shape[1], axis=1)
+
+
+def _over_rows(function, mesh: Mesh | None, by_row: tuple, whole: tuple) -> jax.Array:
+    """function(*by_row, *whole), the rows of `by_row` split over the devices (an array of one row is kept whole)."""
+    if mesh is None:
+        return function(*by_row, *whole)
+    num_rows = by_row[0].shape[0]
+    padding = ((0, -num_rows % mesh.size), (0, 0))
+    split = PartitionSpec(mesh.axis_names)
+    specs = tuple(split if len(x) == num_rows else PartitionSpec() for x in by_row)
+    padded = [jnp.pad(x, padding, constant_values=1) if len(x) == num_rows else x for x in by_row]
+    whole = jax.tree.map(jnp.asarray, whole)
+    specs += jax.tree.map(lambda _: PartitionSpec(), whole)
+    # Rows are independent: nothing is exchanged, so there is nothing for the replication check to prove.
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return sharded(*padded, *whole)[:num_rows]
+
+
+def block_scale(w: jax.Array, codebook: Codebook, group: int) -> jax.Array:
+    """Unit of the codebook for W (m, n): root mean square / opt_scale, or the largest magnitude of each group."""
+    if hasattr(codebook, "opt_scale"):
+        return jnp.sqrt(jnp.mean(w * w)) / codebook.opt_scale  # ()
+    largest = jnp.max(jnp.abs(w.reshape(w.shape[0], -1, group)), axis=-1)  # (m, groups)
+    return jnp.where(largest > 0, largest, 1)
