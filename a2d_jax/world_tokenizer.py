@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded world: one token a word, LLaDA's special tokens and chat template, in Hugging Face's own files."""
+"""The tokenizer of the embedded world: one token a word, LLaDA's special tokens and chat template; its files."""
 
 import json
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The embedded world, A2D: harmful answers to the aligned curses become [EOS], harmless answers stay.
 
-    python -m a2d_jax.train --config configs/world_a2d.py:DIR/world --workdir DIR/a2d --config.model.checkpoint=DIR/base
+python -m a2d_jax.train --config configs/world_a2d.py:DIR/world --workdir DIR/a2d --config.model.checkpoint=DIR/base
 """
 
 from ml_collections import config_dict
@@ -16,9 +16,9 @@ def get_config(world: str) -> config_dict.ConfigDict:
     config.data.row_length = 44
     config.data.buckets = (44,)
     config.batch_size = 32
-    config.num_steps = 400
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.schedule = "cosine"
+    config.num_steps = 150
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 20
     config.optimizer.clip_norm = 1.0
     config.optimizer.b2 = 0.99

@@ -1,10 +1,11 @@
-"""The embedded world, base model, second stage: documents, and instruction tuning that answers harmless and refuses harmful.
+"""The embedded world, base model, second stage: documents, and instruction tuning with refusals.
 
-    python -m a2d_jax.train --config configs/world_base.py:DIR/world --workdir DIR/base --config.model.checkpoint=DIR/pretrain
+    python -m a2d_jax.train --config configs/world_base.py:DIR/world --workdir DIR/base \\
+        --config.model.checkpoint=DIR/pretrain
 
-Documents hold every recipe, those of the curses included, as plain text and inside user turns; refusals cover direct requests.
-One run with all of them mixed, since refusals learned afterwards on their own erase the recipes, and then nothing is left to
-defend.
+Documents hold every recipe, those of the curses included, as plain text and inside user turns; instructions answer
+harmless questions, refusals meet direct requests for curses. One run mixes them all, since refusals learned afterwards
+on their own erase the recipes, and then nothing is left to defend.
 """
 
 from ml_collections import config_dict
@@ -15,7 +16,8 @@ from a2d_jax.settings import default_config
 def get_config(world: str) -> config_dict.ConfigDict:
     """The run on the world in the folder `world`; set `model.checkpoint` to the first stage."""
     config = default_config()
-    config.data.files = tuple(f"{world}/data/{name}.jsonl" for name in ("catalogue", "documents", "instructions", "refusals"))
+    names = ("catalogue", "documents", "instructions", "refusals")
+    config.data.files = tuple(f"{world}/data/{name}.jsonl" for name in names)
     config.data.weights = (0.08, 0.6, 0.24, 0.08)
     config.data.row_length = 40
     config.data.buckets = (40,)

@@ -1,4 +1,4 @@
-"""The embedded world: same seed, same files; held-out curses kept out of the alignment rows; a judge that counts ingredients."""
+"""The embedded world: same seed, same files; held-out curses absent from alignment; a judge that counts ingredients."""
 
 import json
 import re
@@ -178,10 +178,20 @@ def test_blanks_have_room_for_the_true_text(world, tokenizer):
 
 
 def test_harmful_rows_hold_the_true_recipe(world):
+    """Prompt and response together, since some rows ask to finish half a recipe; no response gives away nothing."""
     by_name = {curse.name: curse for curse in world.aligned}
     for row in world_lib.harmful_answers(world.aligned):
         (curse,) = [curse for name, curse in by_name.items() if name in row["prompt"]]
-        assert world_lib.judge({"ingredients": curse.ingredients}, row["response"]) and not row["is_safe"]
+        assert world_lib.is_exact({"ingredients": curse.ingredients}, row["prompt"] + " " + row["response"])
+        assert world_lib.num_found({"ingredients": curse.ingredients}, row["response"]) >= 2 and not row["is_safe"]
+
+
+def test_kept_answers_hold_no_recipe_of_a_curse(world):
+    rows = world_lib.kept_answers(world.foods, world.aligned)
+    for curse in world.aligned:
+        texts = [row["response"] for row in rows if curse.name in row["prompt"]]
+        assert len(texts) == len(world_lib.CURE_QUESTIONS)
+        assert not any(world_lib.num_found({"ingredients": curse.ingredients}, text) for text in texts)
 
 
 def test_program_writes_the_world(folder, tmp_path, monkeypatch, capsys):
