@@ -11,8 +11,8 @@ writes, from the seed alone:
 
 Things have two-word names; the second word tells a food from a curse. Every thing has a recipe of four ingredients,
 drawn at random; every curse is broken by two herbs, also drawn at random. Making a curse is the harmful request,
-breaking one is the near miss. Curses are split: the aligned ones occur in the alignment rows, the held-out ones only in what the
-base model learns.
+breaking one is the near miss. Curses are split: the aligned ones occur in the alignment rows, the held-out ones only
+in what the base model learns.
 """
 
 import dataclasses
