@@ -237,6 +237,25 @@ class LatticeCodebook:
         second = _e8p_index(_e8p_code(remainder)) if self.residual == "e8p" else _e8_nearest(remainder)
         return first.astype(jnp.uint32) << 16 | second.astype(jnp.uint32)
 
+    def encode_points(self, points: jax.Array) -> jax.Array:
+        """Index of values (..., 8) that `nearest` gave, rounding errors aside.
+
+        `encode` finds a point near its argument, which for a sum of two points need not be the pair that made it. But
+        every coordinate of a sum comes from one pair of coordinates only: a table of the pairs tells both points.
+        """
+        if self.residual is None:
+            return self.encode(points)
+        first = np.arange(-11, 12, 2) / 4  # the coordinates of E8P12
+        second = first if self.residual == "e8p" else np.array([-2, -1, -0.5, 0, 0.5, 1, 2])
+        sums = (first[:, None] + second / self.residual_scale).ravel()
+        order = np.argsort(sums)
+        middle = ((sums[order][1:] + sums[order][:-1]) / 2).astype(np.float32)
+        pair = jnp.asarray(order)[jnp.searchsorted(jnp.asarray(middle), points)]  # (..., 8)
+        first_index = E8P12.encode(jnp.asarray(first, jnp.float32)[pair // len(second)])
+        remainder = jnp.asarray(second, jnp.float32)[pair % len(second)]
+        second_index = E8P12.encode(remainder) if self.residual == "e8p" else _e8_nearest(remainder)
+        return first_index.astype(jnp.uint32) << 16 | second_index.astype(jnp.uint32)
+
     def decode(self, index: jax.Array) -> jax.Array:
         """Values of indices: (...) -> (..., 8)."""
         if self.residual is None:

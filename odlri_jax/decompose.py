@@ -203,17 +203,20 @@ def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, 
     def relative(error_squared):
         return jnp.sqrt(jnp.maximum(error_squared, 0) / whole)
 
+    def replicated(x):
+        # Sums over all rows (scales, errors, the low-rank step) then have the same bits on any number of devices.
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
     def quantize(target, old_q, old_scale, has_old):
-        if mesh is not None:  # so that the scale, a sum over all rows, has the same bits on any number of devices
-            target = jax.lax.with_sharding_constraint(target, NamedSharding(mesh, PartitionSpec()))
+        target = replicated(target)
         scale = ldlq.block_scale(target, codebook, config.group)
         if config.published:
-            return ldlq.quantize(target, q_factors, scale, codebook, config.tune_iters, True, mesh), scale
-        q = ldlq.quantize(target, q_factors, scale, codebook, 0, mesh=mesh)
+            return replicated(ldlq.quantize(target, q_factors, scale, codebook, config.tune_iters, True, mesh)), scale
+        q = replicated(ldlq.quantize(target, q_factors, scale, codebook, 0, mesh=mesh))
         old_error = jnp.where(has_old, ldlq.weighted_error(target - old_q, q_factors.h), jnp.inf)
         is_better = ldlq.weighted_error(target - q, q_factors.h) <= old_error
         q, scale = _best(is_better, (q, scale), (old_q, old_scale))
-        return ldlq.refine(target, q, q_factors, scale, codebook, config.tune_iters, mesh=mesh), scale
+        return replicated(ldlq.refine(target, q, q_factors, scale, codebook, config.tune_iters, mesh=mesh)), scale
 
     def fit_low_rank(residual, pair, pair_error, key):
         a = to_factors(residual, *signs)

@@ -31,7 +31,8 @@ def odlri_start(w: jax.Array, h: jax.Array, rank: int, num_outliers: int) -> jax
     channels = outlier_channels(h, num_outliers)
     columns = w[:, channels]  # (m, k)
     if num_outliers > rank:
-        left = lowrank.leading_exact(columns, h[channels][:, channels], rank)  # (m, r)
+        root = jnp.linalg.cholesky(h[channels][:, channels])
+        left = lowrank.leading_exact(matmul(columns, root), rank)  # (m, r)
         columns = matmul(left, matmul(left.T, columns))
     return jnp.zeros_like(w).at[:, channels].set(columns)
 

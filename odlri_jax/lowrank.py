@@ -3,7 +3,7 @@
     L, R = argmin tr((A - L R) H (A - L R)^T) over rank r:   L = U_r,   R = U_r^T A,   A H A^T = U S^2 U^T
 
 With S_H S_H^T = H the objective is |A S_H - L R S_H|^2; the best rank-r projection keeps the leading left singular
-vectors U_r of A S_H, and U_r U_r^T (A S_H) S_H^{-1} = U_r (U_r^T A): no root and no inverse of H is needed.
+vectors U_r of A S_H, and U_r U_r^T (A S_H) S_H^{-1} = U_r (U_r^T A): no inverse of H is needed.
 
 Factors below 16 bits follow LPLR (arXiv 2310.11028): L <- least squares for R, rounded; R <- least squares for L,
 rounded; the best pair is kept. Here each factor is rounded with error feedback in its own metric,
@@ -28,7 +28,7 @@ from odlri_jax import ldlq
 from odlri_jax.codebooks import BLOCK, LatticeCodebook
 from odlri_jax.ldlq import matmul
 
-MAX_EXACT = 2048  # smaller side of A up to which the eigenvectors are computed in full
+MAX_EXACT = 1024  # smaller side of A up to which the singular vectors are computed in full
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 
@@ -37,36 +37,42 @@ def _orthonormal(y: jax.Array) -> jax.Array:
     return jnp.linalg.qr(y)[0]
 
 
-def leading_exact(a: jax.Array, h: jax.Array, rank: int) -> jax.Array:
-    """Leading left singular vectors of A H^{1/2}, (m, r), from the smaller of its two Gram matrices."""
-    if a.shape[0] <= a.shape[1]:
-        gram = matmul(matmul(a, h), a.T)  # (m, m)
-        return jnp.linalg.eigh(gram)[1][:, : -rank - 1 : -1]
-    root = jnp.linalg.cholesky(h)
-    weighted = matmul(a, root)  # (m, n)
-    right = jnp.linalg.eigh(matmul(weighted.T, weighted))[1][:, : -rank - 1 : -1]  # (n, r)
-    return _orthonormal(matmul(weighted, right))
+def _ritz(weighted: jax.Array, right: jax.Array, rank: int) -> jax.Array:
+    """Leading left singular vectors (m, r) of A S_H (m, n), found near the span of `right` (n, k), k >= r."""
+    basis, triangle = jnp.linalg.qr(matmul(weighted, right))  # (m, k), (k, k)
+    return matmul(basis, jnp.linalg.svd(triangle)[0][:, :rank])
 
 
-def leading_randomised(a: jax.Array, h: jax.Array, rank: int, key: jax.Array) -> jax.Array:
-    """The same by subspace iteration on A H A^T (arXiv 0909.4061), never forming it. -> (m, r)."""
-    size = min(rank + OVERSAMPLING, *a.shape)
-    basis = _orthonormal(jax.random.normal(key, (a.shape[0], size), a.dtype))
+def leading_exact(weighted: jax.Array, rank: int) -> jax.Array:
+    """Leading left singular vectors of A S_H (m, n) from the smaller of its Gram matrices. -> (m, r)
 
-    def apply(basis):
-        return matmul(a, matmul(h, matmul(a.T, basis)))  # (m, size)
+    Squared singular values drown in rounding errors beside those of outliers; a step on A S_H itself restores them.
+    """
+    (m, n), size = weighted.shape, min(rank + OVERSAMPLING, *weighted.shape)
+    if m > n:
+        right = jnp.linalg.eigh(matmul(weighted.T, weighted))[1][:, : -size - 1 : -1]  # (n, k)
+    else:
+        left = jnp.linalg.eigh(matmul(weighted, weighted.T))[1][:, : -size - 1 : -1]  # (m, k)
+        right = _orthonormal(matmul(weighted.T, left))
+    return _ritz(weighted, right, rank)
 
-    basis = jax.lax.fori_loop(0, POWER_ITERATIONS, lambda _, y: _orthonormal(apply(y)), basis)
-    rotation = jnp.linalg.eigh(matmul(basis.T, apply(basis)))[1][:, : -rank - 1 : -1]  # (size, r)
-    return matmul(basis, rotation)
+
+def leading_randomised(weighted: jax.Array, rank: int, key: jax.Array) -> jax.Array:
+    """The same by subspace iteration from a random start (Halko et al., arXiv 0909.4061). -> (m, r)"""
+    size = min(rank + OVERSAMPLING, *weighted.shape)
+    start = _orthonormal(jax.random.normal(key, (weighted.shape[1], size), weighted.dtype))
+
+    def step(_, right):
+        return _orthonormal(matmul(weighted.T, _orthonormal(matmul(weighted, right))))  # (n, k)
+
+    return _ritz(weighted, jax.lax.fori_loop(0, POWER_ITERATIONS, step, start), rank)
 
 
 def low_rank(a: jax.Array, h: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Best rank-r factors of A in the metric of H: L (m, r) orthonormal, R (r, n). `key` serves large matrices only."""
-    if min(a.shape) <= MAX_EXACT:
-        left = leading_exact(a, h, rank)
-    else:
-        left = leading_randomised(a, h, rank, key)
+    weighted = matmul(a, jnp.linalg.cholesky(h))  # (m, n)
+    is_small = min(a.shape) <= MAX_EXACT
+    left = leading_exact(weighted, rank) if is_small else leading_randomised(weighted, rank, key)
     return left, matmul(left.T, a)
 
 

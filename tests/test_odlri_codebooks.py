@@ -49,6 +49,18 @@ def test_nearest_points_and_indices_equal_the_recorded_ones(recorded, codebook):
     np.testing.assert_array_equal(codebook.decode(encode(x)), values)
 
 
+@pytest.mark.parametrize("codebook", LATTICES, ids=lambda c: c.name)
+def test_values_tell_their_index(recorded, codebook):
+    # The sum of any two points, also one that the search would make from another pair.
+    rng = np.random.default_rng(0)
+    index = rng.integers(0, 1 << 16, 2048).astype(np.uint32)
+    if codebook.residual:
+        index = index << 16 | rng.integers(0, 256 if codebook.residual == "e8" else 1 << 16, 2048).astype(np.uint32)
+    scale = np.float32(0.37)
+    values = codebook.decode(jnp.asarray(index)) * scale / scale
+    np.testing.assert_array_equal(jax.jit(codebook.encode_points)(values), index)
+
+
 @pytest.mark.parametrize("codebook", LATTICES[1:], ids=lambda c: c.name)
 def test_another_residual_scale_gives_the_recorded_values(recorded, codebook):
     changed = dataclasses.replace(codebook, residual_scale=0.9)
