@@ -10,7 +10,8 @@ W is divided by its root mean square, and with `hadamard` rotated with H (`hadam
 Quantised factors always live in the rotated basis, which their rounding needs. `published` replays the published code
 instead: sweeps accepted always, factors rounded to nearest points in the basis of Q, no error kept from rising.
 
-Everything is float32 with products at the highest precision, and one jitted program for each shape and config.
+Everything is float32 with products at the highest precision, and one jitted program for each shape and config. The
+16-bit factors that are kept end as float16 numbers, so that packing loses nothing; `published` keeps float32.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class DecomposeConfig:
       q_bits: bits a weight of Q.
       q_codebook: "e8p" (2, 3, 4 bits), "uniform" or "normal_float".
       group: columns that share a scale with the last two.
-      lr_bits: 16, or 2, 3, 4 for factors on the lattice.
+      lr_bits: 16 (float16), or 2, 3, 4 for factors on the lattice.
       outer_iters, inner_iters: alternations, and rounds of LPLR within each.
       tune_iters: sweeps after each rounding of Q.
       hadamard: rotate W and H first.
@@ -304,6 +305,10 @@ def decompose_arrays(
     q, q_scale, pair, error = state
 
     whole = ldlq.weighted_error(w, factors[0].h)
+    if config.factor_codebook is None and not config.published:
+        left, right = (x.astype(jnp.float16).astype(jnp.float32) for x in (pair.left, pair.right))
+        pair = pair._replace(left=left, right=right)
+        error = jnp.sqrt(ldlq.weighted_error(w - q - matmul(left, right), factors[0].h) / whole)
     q_role = jnp.sqrt(ldlq.weighted_error(q, factors[0].h) / whole)
     lr_role = jnp.sqrt(ldlq.weighted_error(matmul(pair.left, pair.right), factors[1].h) / whole)
     return Decomposition(
@@ -396,7 +401,34 @@ def decompose(
     return result
 
 
-def decompose_stack(w: jax.Array, h: jax.Array, config: DecomposeConfig, keys: jax.Array) -> Decomposition:
-    """Matrices of one shape in one program: W (B, m, n), H (B, n, n), keys (B,). Fields gain a leading B."""
-    h = jnp.stack([check_inputs(*pair, config) for pair in zip(jnp.asarray(w), jnp.asarray(h), strict=True)])
-    return jax.vmap(lambda w, h, key: decompose_arrays(w, h, config, key))(w.astype(jnp.float32), h, keys)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _decompose_stack(w, h, keys, config: DecomposeConfig, mesh: Mesh | None) -> Decomposition:
+    def one_by_one(w, h, keys):
+        return jax.lax.map(lambda matrix: decompose_arrays(*matrix[:2], config, matrix[2]), (w, h, keys))
+
+    if mesh is None:
+        return one_by_one(w, h, keys)
+    split = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(one_by_one, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(w, h, keys)
+
+
+def decompose_stack(
+    w: jax.Array, h: jax.Array, config: DecomposeConfig, keys: jax.Array, mesh: Mesh | None = None
+) -> Decomposition:
+    """Matrices of one shape in one program: W (B, m, n), H (B, n, n), keys (B,). Fields gain a leading B.
+
+    The stack is split over all devices of `mesh`, each of which takes its matrices one after the other: memory holds
+    one at work on a device, and a result has the same bits wherever it was computed.
+    """
+    w, h = jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)
+    h = jnp.stack([check_inputs(*pair, config) for pair in zip(w, h, strict=True)])
+    num_matrices = len(w)
+    if mesh is not None:  # every device takes equally many; the last matrix fills up
+        filled = jnp.minimum(jnp.arange(-(-num_matrices // mesh.size) * mesh.size), num_matrices - 1)
+        w, h, keys = w[filled], h[filled], keys[filled]
+    result = _decompose_stack(w, h, keys, config, mesh)
+    result = jax.tree.map(lambda x: x[:num_matrices], result)
+    if not bool(jnp.isfinite(result.error).all()):
+        broken = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(result.error))]
+        raise ValueError(f"matrices {broken} of the stack {w.shape} did not stay finite; look at the scale of W and H.")
+    return result
