@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "rank": None,
+    "rows": ("data", "fsdp", "tensor"),  # of a large matrix that is no weight
 }
 
 

@@ -12,6 +12,7 @@ names of its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mes
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,19 @@ def attention_masks(config: ModelConfig, attention_mask: jax.Array | None, num_p
     return full, full & (distance < window)[None, None]
 
 
+class LayerContext(NamedTuple):
+    """What every layer is given beside the residual stream."""
+
+    full_mask: jax.Array | None  # (B or 1, 1, T, S) bool, for layers that see everything; None: nothing is hidden
+    sliding_mask: jax.Array | None  # the same for layers with a sliding window; None: the model has no such layer
+    cos: jax.Array  # (B or 1, T, 1, H / 2)
+    sin: jax.Array  # (B or 1, T, 1, H / 2)
+
+    def mask(self, is_sliding: jax.Array | None) -> jax.Array | None:
+        """The mask of one layer; `is_sliding` () bool is None where the model has no sliding layer."""
+        return self.full_mask if is_sliding is None else jnp.where(is_sliding, self.sliding_mask, self.full_mask)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -221,8 +235,8 @@ class Transformer(nnx.Module):
         """The linear layer at "blocks.<name>" or "lm_head"."""
         return functools.reduce(getattr, path.split("."), self)
 
-    def hidden_states(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
-        """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
+    def enter(self, tokens, attention_mask=None, positions=None) -> tuple[jax.Array, LayerContext]:
+        """The residual stream before the first layer, (B, T, D), and what the layers need beside it."""
         config, num_positions = self.config, tokens.shape[1]
         if attention_mask is not None and attention_mask.shape != tokens.shape:
             raise ValueError(
@@ -232,25 +246,32 @@ class Transformer(nnx.Module):
             positions = jnp.arange(num_positions)[None]  # RoPE is relative: left padding needs no other count
         freqs = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angles = positions[..., None, None].astype(jnp.float32) * freqs  # (B or 1, T, 1, H / 2)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
         attention_mask = None if attention_mask is None else attention_mask.astype(bool)
-        full_mask, sliding_mask = attention_masks(config, attention_mask, num_positions)
+        masks = attention_masks(config, attention_mask, num_positions)
+        x = constrain(self.embed(tokens), "batch", "length", None)  # (B, T, D)
+        return x, LayerContext(*masks, jnp.cos(angles), jnp.sin(angles))
 
-        graphdef, layers = nnx.split(self.blocks)
+    def layer_stack(self) -> tuple[nnx.GraphDef, tuple[nnx.State, jax.Array | None]]:
+        """The structure of one block, and (state, is_sliding) of all of them, stacked on L, for a scan to walk."""
+        graphdef, state = nnx.split(self.blocks)
+        is_sliding, config = None, self.config
+        if config.is_causal and config.sliding_windows is not None:
+            is_sliding = jnp.array([window is not None for window in config.sliding_windows])  # (L,)
+        return graphdef, (state, is_sliding)
+
+    def hidden_states(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
+        """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
+        x, context = self.enter(tokens, attention_mask, positions)
+        graphdef, layers = self.layer_stack()
 
         def apply_block(x, layer):
-            state, is_sliding, key = layer
-            mask = full_mask if is_sliding is None else jnp.where(is_sliding, sliding_mask, full_mask)
-            return nnx.merge(graphdef, state)(x, mask, cos, sin, key), None
+            (state, is_sliding), key = layer
+            return nnx.merge(graphdef, state)(x, context.mask(is_sliding), context.cos, context.sin, key), None
 
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        is_sliding = None
-        if sliding_mask is not None:
-            is_sliding = jnp.array([window is not None for window in config.sliding_windows])  # (L,)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
-        x = constrain(self.embed(tokens), "batch", "length", None)  # (B, T, D)
-        x, _ = jax.lax.scan(apply_block, x, (layers, is_sliding, keys))
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        x, _ = jax.lax.scan(apply_block, x, (layers, keys))
         return self.final_norm(x)
 
     def logits(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
