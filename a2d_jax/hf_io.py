@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig, load_config
-from a2d_jax.models.naming import TensorName, tensor_names
+from a2d_jax.models.naming import TensorName, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.sharding import param_shardings
 
@@ -38,10 +38,11 @@ _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_), "I8": np.dtype(np.int8), "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32),
 }  # fmt: skip
 _DTYPE_CODES = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
 # The library lays tensors out by falling alignment, then name; equal files need its order.
-_LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_LAYOUT_ORDER = ("I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
 # -- safetensors files ------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def write_safetensors(
     def write(file) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            tensor, (shape, dtype) = np.ascontiguousarray(read(name)), shapes[name]
+            tensor, (shape, dtype) = np.asarray(read(name), order="C"), shapes[name]
             assert tensor.shape == tuple(shape) and tensor.dtype == dtype, (name, tensor.shape, tensor.dtype)
             file.write(tensor.reshape(-1).view(np.uint8).data)
 
@@ -167,9 +168,12 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 # -- checking names ---------------------------------------------------------------------------------------------------
 
 
-def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """One error that lists every tensor which is missing, extra or of another shape than the config gives."""
-    expected = {name.hf_name: name.shape for name in tensor_names(config)}
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: object, names=None) -> None:
+    """One error that lists every tensor which is missing, extra or of another shape than the config gives.
+
+    `names`: the `TensorName`s to find, where they are not those of the whole family.
+    """
+    expected = {name.hf_name: name.shape for name in names or tensor_names(config)}
     given = {name: shape for name, shape in shapes.items() if not _IGNORED.search(name)}
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in given]
     problems += [f"extra: {name} {shape}" for name, shape in given.items() if name not in expected]
@@ -217,9 +221,8 @@ def place_tensor(name: TensorName, read: Callable[..., np.ndarray], dtype, shard
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         stored = read(name.hf_name, index[::-1] if name.is_transposed else index)
-        return np.ascontiguousarray(stored.T if name.is_transposed else stored).astype(
-            dtype or stored.dtype, copy=False
-        )
+        stored = np.asarray(stored.T if name.is_transposed else stored, order="C")
+        return stored.astype(dtype or stored.dtype, copy=False)
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
@@ -264,8 +267,13 @@ def shardings_of(state: nnx.State, mesh: Mesh | None) -> nnx.State:
 
 def load_model(config: ModelConfig, mesh: Mesh | None, dtypes: DTypes, remat: str, place: Callable) -> Transformer:
     """A model whose parameters `place` reads, on one device or split over the mesh."""
-    graphdef, state = nnx.split(abstract_model(config, dtypes, remat))
-    return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), tensor_names(config), place))
+    return fill_model(abstract_model(config, dtypes, remat), mesh, tensor_names(config), place)
+
+
+def fill_model(model: Transformer, mesh: Mesh | None, names: Iterable[TensorName], place: Callable) -> Transformer:
+    """A model of shapes alone with the tensors that `place` reads, on one device or split over the mesh."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, fill_state(state, shardings_of(state, mesh), names, place))
 
 
 def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
@@ -323,19 +331,58 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
     Nothing of an earlier checkpoint in the folder is touched before the new one is complete.
 
     Raises:
-      ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone).
+      ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone),
+        or compressed projections.
     """
     if model.lora is not None:
         raise ValueError(
             "the model carries an unmerged adapter; merge_adapter(model) first, or save_adapter(model, path)."
         )
-    folder, config = Path(path), model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(getattr(ml_dtypes, config.dtype, None) or config.dtype)
+    if compressed := [name for name in projections(model.config) if not hasattr(model.projection(name), "kernel")]:
+        raise ValueError(f"{', '.join(compressed)} are compressed; write them with `python -m odlri_jax.export`.")
     state = nnx.state(model)
+    save_dense(model.config, lambda name, dtype: read_tensor(state, name, dtype), path, max_shard_bytes)
+
+
+def save_dense(
+    config: ModelConfig,
+    read: Callable[[TensorName, np.dtype], np.ndarray],
+    path: str | os.PathLike,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """`save_pretrained` of tensors that come one by one: `read` gives each as the checkpoint stores it."""
+    dtype = stored_dtype(config)
     table = {name.hf_name: name for name in tensor_names(config)}
     shapes = {hf_name: (name.shape, dtype) for hf_name, name in table.items()}
-    sizes = {hf_name: math.prod(shape) * dtype.itemsize for hf_name, (shape, _) in shapes.items()}
+    write_checkpoint(config, shapes, lambda hf_name: read(table[hf_name], dtype), path, max_shard_bytes)
+
+
+def stored_dtype(config: ModelConfig) -> np.dtype:
+    """Of the tensors in the checkpoint's files."""
+    return np.dtype(getattr(ml_dtypes, config.dtype, None) or config.dtype)
+
+
+def write_checkpoint(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    read: Callable[[str], np.ndarray],
+    path: str | os.PathLike,
+    max_shard_bytes: int | None = None,
+    more_json: Mapping[str, object] | None = None,
+) -> None:
+    """Writes a folder of safetensors, their index where there are several, `config.json` and `more_json`.
+
+    Everything is written into a folder inside and moved when it is complete, `more_json` last.
+
+    Args:
+      shapes: name -> (shape, dtype) of each tensor.
+      read: called once per name.
+      max_shard_bytes: see `save_pretrained`.
+      more_json: file name -> content.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     files = plan_files(config, sizes, max_shard_bytes)
 
     staging = folder / ".saving"
@@ -343,17 +390,19 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
     staging.mkdir()
     try:
         for file, names in files.items():
-            part = {name: shapes[name] for name in names}
-            write_safetensors(
-                staging / file, part, lambda name: read_tensor(state, table[name], dtype), {"format": "pt"}
-            )
+            write_safetensors(staging / file, {name: shapes[name] for name in names}, read, {"format": "pt"})
+        written = list(files)
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(staging / INDEX_NAME, index)
+            written.append(INDEX_NAME)
         write_beside(staging / "config.json", lambda file: file.write(config.hf_text.encode()))
+        written.append("config.json")
+        for name, content in (more_json or {}).items():
+            write_json(staging / name, content)
+            written.append(name)
         stale = [*folder.glob("model*.safetensors"), folder / INDEX_NAME]
-        written = [file.name for file in staging.iterdir()]
         for name in written:
             os.replace(staging / name, folder / name)
         for file in stale:  # weights of an earlier checkpoint would be read instead of, or along with, the new ones

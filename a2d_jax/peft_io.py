@@ -7,6 +7,7 @@ the names' prefix and the configuration file travel with the model.
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig
 from a2d_jax.hf_io import write_beside, write_json, write_safetensors
-from a2d_jax.models.lora import LoRAConfig, adapted, attach
+from a2d_jax.models.lora import LoRAConfig, adaptable, adapted, attach
 from a2d_jax.models.naming import module_names, projections
 from a2d_jax.models.transformer import Transformer
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+NAME_PREFIX = "base_model.model."
 # Settings that change what an adapter computes or covers, and the only value computed here.
 _SUPPORTED = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
@@ -35,7 +36,7 @@ _SUPPORTED = {
 class PeftConfig(LoRAConfig):
     """LoRA settings that came from a PEFT folder, with what is needed to write the same folder again."""
 
-    name_prefix: str = _PREFIX  # in front of the module's name; wrapped models carry one more part
+    name_prefix: str = NAME_PREFIX  # in front of the module's name; wrapped models carry one more part
     text: str = ""  # adapter_config.json as it was read
 
 
@@ -102,7 +103,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike) -> Transformer:
             continue
         (module, prefix), (our_path, layer) = located, paths[located[0]]
         prefixes.add(prefix)
-        fan_in, fan_out = model.projection(our_path).kernel.shape[-2:]
+        fan_in, fan_out = adaptable(model, our_path).kernel.shape[-2:]
         needed = (lora.rank, fan_in) if half == "A.weight" else (fan_out, lora.rank)
         if tensor.shape != needed:
             problems.append(f"misshapen: {name} is {tensor.shape}, needed {needed}")
@@ -138,7 +139,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, base_model_name_or
     lora = model.lora
     if lora is None:
         raise ValueError("the model carries no adapter; save_pretrained(model, path) writes the merged weights.")
-    prefix = lora.name_prefix if isinstance(lora, PeftConfig) else _PREFIX
+    prefix = lora.name_prefix if isinstance(lora, PeftConfig) else NAME_PREFIX
     shapes, readers = {}, {}
     for our_path in adapted(model):
         linear = model.projection(our_path)
@@ -147,11 +148,20 @@ def save_adapter(model: Transformer, path: str | os.PathLike, base_model_name_or
                 value = variable[...] if our_path == "lm_head" else variable[...][layer]
                 name = f"{prefix}{module}.lora_{half}.weight"
                 shapes[name], readers[name] = (value.shape[::-1], np.dtype(np.float32)), value
+    write_adapter(path, lora, shapes, lambda name: np.asarray(jax.device_get(readers[name])).T, base_model_name_or_path)
+
+
+def write_adapter(
+    path: str | os.PathLike,
+    lora: LoRAConfig,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    read: Callable[[str], np.ndarray],
+    base_model_name_or_path: str | None,
+) -> None:
+    """Writes a PEFT folder of tensors that come one by one, under PEFT's names."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(
-        folder / WEIGHTS_NAME, shapes, lambda name: np.asarray(jax.device_get(readers[name])).T, {"format": "pt"}
-    )
+    write_safetensors(folder / WEIGHTS_NAME, shapes, read, {"format": "pt"})
     if isinstance(lora, PeftConfig) and lora.text:
         write_beside(folder / CONFIG_NAME, lambda file: file.write(lora.text.encode()))
         return

@@ -5,8 +5,9 @@
     a training folder of `a2d_jax.train`      hf/ + train_config.json + checkpoints/
     formats of other packages                 entry points in the group "a2d_jax.checkpoint_formats"
 
-An entry point names an object with `matches(path) -> bool` and `load(path, mesh, dtypes, remat) -> Transformer`; so
-packed checkpoints of `odlri_jax` load here although this package never imports it.
+An entry point names an object with `matches(path) -> bool`, `load(path, mesh, dtypes, remat) -> Transformer` and
+`abstract(path, dtypes, remat) -> Transformer`, the model as shapes alone, for which the files that are not weights
+suffice; so packed checkpoints of `odlri_jax` load and train here although this package never imports it.
 """
 
 import dataclasses
@@ -73,17 +74,20 @@ def load_trained(
 ) -> Transformer:
     """The model of a training folder at a step (None: the newest); an adapter is left unmerged on its base.
 
+    Where weights were frozen, in a run of an adapter or of a compressed base, the base is read along.
+
     Raises:
       ValueError: no such step, or an adapter whose base folder is gone.
     """
     run = RunConfig.from_dict(read_train_config(workdir))
-    if run.lora is None:
-        hf = Path(workdir) / HF_FOLDER
+    hf = Path(workdir) / HF_FOLDER
+    if run.lora is None and _other_format(hf) is None:
         config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
         model = abstract_model(config, dtypes, remat)
     else:
         model = load_base(run.model.checkpoint, mesh, dtypes, remat)
-        add_lora(model, run.lora, nnx.Rngs(0))
+        if run.lora is not None:
+            add_lora(model, run.lora, nnx.Rngs(0))
     graphdef, trained, frozen = split_model(model)
     params = restore_params(workdir, step, abstract_arrays(pure(trained), pure(shardings_of(trained, mesh))))
     return nnx.merge(graphdef, params, pure(frozen))
@@ -94,6 +98,13 @@ def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, rema
     if not Path(folder).is_dir():
         raise ValueError(f"no folder {os.fspath(folder)!r} with the base model; put it back, or name where it is now.")
     return merge_adapter(load_pretrained(folder, mesh, dtypes.compute, param_dtype=dtypes.param, remat=remat))
+
+
+def abstract_base(folder: str | os.PathLike, dtypes: DTypes, remat: str = "none") -> Transformer:
+    """What `load_base` gives, as shapes alone; no weights are read."""
+    files = hf_files(folder)
+    other = _other_format(files)
+    return abstract_model(load_config(files), dtypes, remat) if other is None else other.abstract(files, dtypes, remat)
 
 
 def _other_format(path: Path):

@@ -8,7 +8,8 @@ Run again with the same folder and it continues. A config file sets what differs
     model.checkpoint          base model: a Hugging Face, converted or training folder
     model.from_scratch        take only config.json and the tokenizer from there, and draw the weights from the seed
     objective                 "llada" | "dream"; None: by the model's family
-    lora                      None = train every weight, or {rank, alpha, dropout, targets}
+    lora                      None = train every weight (of a compressed checkpoint its 16-bit factors, the rest
+                              frozen), or {rank, alpha, dropout, targets}
     dtypes.{param,compute}    "float32" | "bfloat16": stored weights (frozen ones under lora); activations and matmuls
     remat                     "none" | "dots" | "full": what the backward pass recomputes
     data.files                .jsonl, .parquet or a2d_jax.safety_rows folders
@@ -45,7 +46,7 @@ from a2d_jax.metrics import MetricWriter
 from a2d_jax.models.lora import add_lora
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
-from a2d_jax.pretrained import hf_files, load_base
+from a2d_jax.pretrained import abstract_base, hf_files, load_base
 from a2d_jax.settings import RunConfig, check_resumable
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
@@ -118,8 +119,10 @@ def train(
             add_lora(model, run.lora, nnx.Rngs(run.seed))
         return model
 
-    shapes = nnx.eval_shape(lambda: with_adapter(Transformer(model_config, dtypes, remat=run.remat)))
+    shapes = nnx.eval_shape(with_adapter, abstract_base(run.model.checkpoint, dtypes, run.remat))
     graphdef, trained_shapes, frozen_shapes = split_model(shapes)
+    if run.model.from_scratch and frozen_shapes:
+        raise ValueError("config.model.from_scratch draws dense weights; name a checkpoint that is not compressed.")
     optimizer = make_optimizer(run.optimizer, num_steps)
     shardings = make_shardings(trained_shapes, frozen_shapes, optimizer, mesh)
 
@@ -131,7 +134,7 @@ def train(
         run.mask_eps, run.grad_accum_steps, run.seed,
     )  # fmt: skip
     origin = "from scratch after" if run.model.from_scratch else "from"
-    what = "every weight"
+    what = "the factors of its compressed projections" if frozen_shapes else "every weight"
     if run.lora is not None:
         what = f"LoRA r={run.lora.rank} alpha={run.lora.alpha:g} on {', '.join(shapes.lora.targets)}"
     num_params, num_trained = count(trained_shapes) + count(frozen_shapes), count(trained_shapes)
@@ -173,7 +176,7 @@ def train(
         checkpoints.close()
         return
     params, frozen = None, {}
-    if run.lora is not None or not (first_step or run.model.from_scratch):
+    if frozen_shapes or not (first_step or run.model.from_scratch):
         _, trained, frozen = split_model(with_adapter(load_base(run.model.checkpoint, mesh, dtypes, run.remat)))
         params = jax.device_put(pure(trained), shardings.state.params)
         frozen = jax.device_put(pure(frozen), shardings.frozen)

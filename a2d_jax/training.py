@@ -106,9 +106,16 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def split_model(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(structure, trained, frozen): the adapter is trained where the model carries one, else every weight."""
-    trained = nnx.Param if model.lora is None else nnx.LoRAParam
-    return nnx.split(model, trained, ...)
+    """(structure, trained, frozen): low-rank factors where the model carries some (an adapter's, or those of a
+    compressed checkpoint), else every weight."""
+    if nnx.state(model, nnx.LoRAParam):
+        return nnx.split(model, nnx.LoRAParam, ...)
+    if nnx.state(model, nnx.Not(nnx.Param)):
+        raise ValueError(
+            "the checkpoint is compressed and its factors are quantised: nothing in it can be trained in place. Turn "
+            "the factors into 16-bit ones first: python -m odlri_jax.export --layout packed --lr_bits 16."
+        )
+    return nnx.split(model, nnx.Param, ...)
 
 
 def pure(state: nnx.State) -> Params:

@@ -55,6 +55,17 @@ def attach(linear: nnx.Module, lora: LoRAConfig, a: jax.Array, b: jax.Array) -> 
     linear.lora_scale, linear.lora_dropout = lora.scale, lora.dropout
 
 
+def adaptable(model: nnx.Module, path: str) -> nnx.Module:
+    """The projection at `path`; ValueError where it has no dense weights for an adapter to change."""
+    linear = model.projection(path)
+    if not hasattr(linear, "kernel"):
+        raise ValueError(
+            f"{path} is compressed and takes no adapter: its own low-rank factors are trained in its place "
+            "(config.lora=None). Export the checkpoint as dense weights to adapt those."
+        )
+    return linear
+
+
 def adapted(model: nnx.Module) -> list[str]:
     """Paths of the projections that carry an adapter."""
     return [path for path in projections(model.config) if model.projection(path).lora_a is not None]
@@ -72,7 +83,7 @@ def add_lora(model: nnx.Module, lora: LoRAConfig, rngs: nnx.Rngs) -> None:
         raise ValueError("the model already carries an adapter; call merge_adapter(model) first.")
     lora = lora.with_targets(model.config)
     for path in adapter_modules(model.config, lora.targets):
-        linear = model.projection(path)
+        linear = adaptable(model, path)
         *stack, fan_in, fan_out = linear.kernel.shape
         bound = 1 / math.sqrt(fan_in)  # Kaiming uniform with a = sqrt(5), the initialiser of torch.nn.Linear
         a = jax.random.uniform(rngs.params(), (*stack, fan_in, lora.rank), jnp.float32, -bound, bound)

@@ -1,0 +1,114 @@
+"""`CompressedLinear`: y = weight_scale S_V U_m^T (Q + L R) U_n S_U x (+ b), computed from the packed arrays.
+
+It takes the place of a dense `Linear` of the transformer, one layer or a stack of layers for its scan. The packed
+arrays are `Packed` variables: frozen, in the dtype they are stored in, decoded inside the compiled forward pass and
+again in the backward pass, so that no decoded matrix is ever kept. 16-bit factors are `nnx.LoRAParam`: they are what
+training changes. Where Q and the factors live in different bases, each is given its own rotations.
+
+Shapes: x (..., n), Q (m, n), L (m, r), R (r, n), y (..., m).
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from a2d_jax.models.transformer import DTypes
+from odlri_jax import hadamard
+from odlri_jax.codebooks import LatticeCodebook
+from odlri_jax.decompose import DecomposeConfig, Decomposition
+from odlri_jax.packing import decode, scaled, tensor_specs, unpack, unpack_signs
+
+
+class Packed(nnx.Variable):
+    """A packed array: never trained, never cast."""
+
+
+class CompressedLinear(nnx.Module):
+    """A projection in packed form; its call is that of `Linear`, whose place it takes."""
+
+    lora_a = None  # it takes no adapter beside its own factors
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        config: DecomposeConfig,
+        *,
+        axes: tuple[str, str],
+        dtypes: DTypes,
+        has_bias: bool = False,
+        stack: tuple[int, ...] = (),
+    ):
+        """All arrays zero, to be filled.
+
+        Args:
+          shape: (m, n) of W, y = W x.
+          config: what the matrix was decomposed with.
+          axes: logical names of (inputs, outputs).
+          dtypes: 16-bit factors are float32 where parameters are (to be trained), else float16 as stored.
+          stack: leading axes of every array.
+        """
+        names = {"in": axes[0], "out": axes[1], "rank": "rank", None: None}
+        factor_dtype = jnp.float32 if jnp.dtype(dtypes.param) == jnp.float32 else jnp.float16
+        self.suffixes = tuple(tensor_specs(shape, config))
+        for suffix, spec in tensor_specs(shape, config).items():
+            kind, dtype = (nnx.LoRAParam, factor_dtype) if suffix in ("left", "right") else (Packed, spec.dtype)
+            logical_axes = tuple(names[axis] for axis in spec.axes)
+            setattr(self, suffix, kind(jnp.zeros((*stack, *spec.shape), dtype), logical_axes=logical_axes))
+        bias = nnx.Param(jnp.zeros((*stack, shape[0]), dtypes.param), logical_axes=axes[1:]) if has_bias else None
+        self.bias = nnx.data(bias)
+        self.shape = tuple(shape)
+        self.config = config
+        self.dtypes = dtypes
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, out_dtype=None) -> jax.Array:
+        """x (..., n) -> (..., m) in `out_dtype` (default: compute). There is no dropout; the key is ignored."""
+        arrays = {suffix: getattr(self, suffix)[...] for suffix in self.suffixes}
+        y = _apply(arrays, x, self.shape, self.config, self.dtypes).astype(out_dtype or self.dtypes.compute)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def decomposition(self, layer: int | None = None) -> Decomposition:
+        """The matrix of one layer (None: of a projection that is not stacked), factors as they are now."""
+        arrays = {suffix: getattr(self, suffix)[...] for suffix in self.suffixes}
+        arrays = {suffix: np.asarray(x if layer is None else x[layer]) for suffix, x in arrays.items()}
+        return unpack(arrays, self.config, self.shape)
+
+
+def _apply(
+    arrays: Mapping[str, jax.Array], x: jax.Array, shape: tuple[int, int], config: DecomposeConfig, dtypes: DTypes
+) -> jax.Array:
+    """(Q + L R) x in the basis and the units of W, float32."""
+    matmul = functools.partial(jnp.matmul, precision=dtypes.precision, preferred_element_type=jnp.float32)
+    cast = lambda values: values.astype(dtypes.compute)  # noqa: E731
+    inputs = {False: cast(x)}  # by whether they are rotated
+    if config.rotates_factors:
+        signs_out, signs_in = unpack_signs(arrays["signs_out"], shape[0]), unpack_signs(arrays["signs_in"], shape[1])
+        # Rotations are float32: they are cheap beside the products, and bfloat16 would round after every stage.
+        inputs[True] = cast(hadamard.rotate(x.astype(jnp.float32) * signs_in))  # U_n S_U x
+
+    @jax.checkpoint  # Q is decoded again in the backward pass
+    def times_q(x, arrays):
+        points = decode(arrays, "q", config.codebook)  # (m, n)
+        if isinstance(config.codebook, LatticeCodebook):  # the scale goes last: points are exact in bfloat16
+            return matmul(x, cast(points).T) * arrays["q_scale"]
+        return matmul(x, cast(scaled(points, arrays["q_scale"])).T)
+
+    def factor(name):
+        if config.factor_codebook is None:
+            return arrays[name]
+        return decode(arrays, name, config.factor_codebook) * arrays[f"{name}_scale"]
+
+    left = factor("left")
+    if config.factor_codebook is not None and config.published:
+        left = left.T  # (m, r)
+    outputs = {False: 0.0, True: 0.0}
+    outputs[config.hadamard] += times_q(inputs[config.hadamard], arrays)  # (..., m)
+    low_rank = matmul(inputs[config.rotates_factors], cast(factor("right")).T)  # (..., r)
+    outputs[config.rotates_factors] += matmul(cast(low_rank), cast(left).T)
+    y = outputs[False]
+    if config.rotates_factors:
+        y = y + hadamard.rotate(outputs[True], inverse=True) * signs_out  # S_V U_m^T
+    return y * arrays["weight_scale"]
