@@ -1,0 +1,282 @@
+"""Program: second moments H of the input of every linear layer, from text or tokens.
+
+    python -m odlri_jax.calibrate --checkpoint DIR --text FILE --out DIR
+    python -m odlri_jax.calibrate --checkpoint DIR --tokens FILE.npy --out DIR --layers_per_group 4 --mesh 2,4,1
+
+Causal models see the windows as they are, LLaDA and Dream with tokens masked at random as in training. Each group of
+layers takes one pass over the windows; --layers_per_group bounds how many layers' H are in memory at once. Run again
+with the same folder, it keeps the files of finished groups and takes the group that was cut off from its start.
+
+    DIR/layer_000.safetensors ..., DIR/head.safetensors (--head), DIR/calibration.json: see `odlri_jax/calibration.py`
+    DIR/unfinished.json   the settings, until calibration.json takes its place
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+
+from a2d_jax.config import DIFFUSION_FAMILIES, ModelConfig, load_config
+from a2d_jax.evaluate import weights_fingerprint
+from a2d_jax.hf_io import write_json, write_safetensors
+from a2d_jax.models.transformer import Transformer
+from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.sharding import batch_sharding, make_mesh
+from a2d_jax.tokenizer import load_tokenizer
+from odlri_jax.calibration import (
+    CALIBRATION_NAME,
+    FORMAT,
+    VERSION,
+    Group,
+    input_widths,
+    layer_file,
+    model_input,
+    observe,
+    read_calibration_json,
+    second_moments,
+    zero_moments,
+)
+from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, Windows, batches, text_windows, token_windows
+
+UNFINISHED_NAME = "unfinished.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateConfig:
+    """One calibration; the flags of the program describe the fields. Either `text` or `tokens` is given."""
+
+    checkpoint: str
+    out: str
+    text: str | None = None
+    tokens: str | None = None
+    context_length: int | None = None
+    num_windows: int = 256
+    batch_size: int = 4
+    layers_per_group: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    head: bool = False
+    mesh: tuple[int, ...] | None = None
+
+
+def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
+    """The calibration windows; ValueError where there is not a single one."""
+    if (config.text is None) == (config.tokens is None):
+        raise ValueError(f"--text={config.text} and --tokens={config.tokens}: give one of them.")
+    path = config.text or config.tokens
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path!r} to calibrate on; give a text (--text) or a .npy of ids (--tokens).")
+    if config.tokens:
+        return token_windows(path, model.vocab_size, config.context_length, config.num_windows)
+    tokenizer = load_tokenizer(hf_files(config.checkpoint), requires_mask=model.family in DIFFUSION_FAMILIES)
+    return text_windows(path, tokenizer, config.context_length, config.num_windows)
+
+
+def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -> dict[str, Any]:
+    """What H depends on, as calibration.json holds it; not the mesh nor the grouping, which change nothing in it."""
+    digest = hashlib.sha256(windows.tokens.tobytes() + windows.attention_mask.tobytes())
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "checkpoint": str(Path(config.checkpoint).absolute()),
+        "source": str(Path(config.text or config.tokens).absolute()),
+        "tokens_sha256": digest.hexdigest(),
+        "family": model.family,
+        "num_layers": model.num_layers,
+        "num_tokens": int(windows.attention_mask.sum()),
+        "num_windows": len(windows.tokens),
+        "context_length": windows.tokens.shape[1],
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "head": config.head,
+    }
+
+
+def check_folder(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `out` is complete; ValueError where it was begun with other settings, or nobody knows with which."""
+    is_complete = (out / CALIBRATION_NAME).is_file()
+    path = out / (CALIBRATION_NAME if is_complete else UNFINISHED_NAME)
+    if not path.is_file():
+        if any(out.glob("layer_*.safetensors")):
+            raise ValueError(f"{out} holds layers without {UNFINISHED_NAME}, of unknown settings; give another --out.")
+        return False
+    before = read_calibration_json(path)
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        differences = "; ".join(f"{name}: {before.get(name)!r} then, {settings[name]!r} now" for name in changed)
+        raise ValueError(f"{out} was begun with other settings ({differences}); repeat those or give another --out.")
+    return is_complete
+
+
+def layer_groups(num_layers: int, layers_per_group: int | None) -> list[range]:
+    size = layers_per_group or num_layers
+    return [range(first, min(first + size, num_layers)) for first in range(0, num_layers, size)]
+
+
+def group_files(layers: range, num_layers: int, has_head: bool) -> list[str]:
+    """Files of a group; the head's belongs to the last one."""
+    head = [layer_file(None)] if has_head and layers.stop == num_layers else []
+    return [*map(layer_file, layers), *head]
+
+
+def write_moments(out: Path, group: Group, num_tokens: int) -> None:
+    """One file a layer, each written beside and renamed.
+
+    Raises:
+      ValueError: numbers that are not finite, before anything of that layer is written.
+    """
+    for layer, moments in group.items():
+        tensors = second_moments(moments, num_tokens)
+        broken = [name for name, h in tensors.items() if not np.isfinite(h).all()]
+        if broken:
+            where = "the head" if layer is None else f"layer {layer}"
+            raise ValueError(
+                f"the inputs {broken} of {where} are not finite: the weights hold NaN, or the activations "
+                "leave the number format; check the checkpoint, or give --dtype float32."
+            )
+        shapes = {name: (h.shape, h.dtype) for name, h in tensors.items()}
+        write_safetensors(out / layer_file(layer), shapes, tensors.__getitem__)
+
+
+def observe_group(
+    model: Transformer,
+    windows: Windows,
+    layers: range,
+    config: CalibrateConfig,
+    mesh: Mesh | None,
+    on_batch: Callable[[int], None],
+) -> Group:
+    """The sums of a group of layers over all windows; `on_batch` hears the number of each batch done, from 1."""
+    group = zero_moments(model, layers, config.head and layers.stop == model.config.num_layers)
+    for number, batch in enumerate(batches(windows, config.batch_size)):
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        place = None if mesh is None else batch_sharding(mesh, batch.tokens.shape)
+        tokens, attention_mask = jax.device_put(tuple(batch), place)
+        tokens = model_input(model.config, key, tokens, attention_mask)
+        group = observe(model, tokens, attention_mask, group)
+        jax.block_until_ready(list(group.values()))
+        on_batch(number + 1)
+    return group
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def run(config: CalibrateConfig, is_dry: bool = False) -> None:
+    """Calibrates what is not calibrated yet."""
+    out = Path(config.out)
+    model_config = load_config(hf_files(config.checkpoint))
+    mesh = make_mesh(*config.mesh) if config.mesh else None
+    num_ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    if config.batch_size % num_ways:
+        raise ValueError(
+            f"--batch_size={config.batch_size} does not split over the {num_ways} batch shards of the mesh; give a "
+            f"multiple of {num_ways}."
+        )
+    windows = read_windows(config, model_config)
+    settings = settings_of(config, model_config, windows)
+    is_complete = check_folder(out, settings)
+    num_layers = model_config.num_layers
+    groups = layer_groups(num_layers, config.layers_per_group)
+    todo = [g for g in groups if not all((out / name).is_file() for name in group_files(g, num_layers, config.head))]
+
+    # --- Plan ------------------------------------------------------------------------------------------------------
+    num_windows, context_length = windows.tokens.shape
+    num_batches = -(-num_windows // config.batch_size)
+    group_bytes = 8 * len(groups[0]) * sum(n * n for n in input_widths(model_config).values())
+    noise = "masked at random" if model_config.family in DIFFUSION_FAMILIES else "as they are"
+    print(
+        f"model {config.checkpoint}: {model_config.family}, {num_layers} layers of width {model_config.width}, "
+        f"{config.dtype}; devices: {dict(mesh.shape) if mesh else 1}\n"
+        f"{settings['source']}: {num_windows} windows (of {config.num_windows} asked for) of {context_length} tokens, "
+        f"{settings['num_tokens']} in all, {noise}; {num_batches} batches of {config.batch_size}\n"
+        f"{len(groups)} groups of up to {len(groups[0])} layers, a pass over the batches each; sums of a group "
+        f"{group_bytes / 2**30:.2f} GiB, over {mesh.size if mesh else 1} device(s); {len(groups) - len(todo)} done\n"
+        f"writes {out}",
+        flush=True,
+    )
+    if is_complete or is_dry:
+        print(f"{out} is complete already" if is_complete else "dry run: nothing done")
+        return
+
+    # --- Passes ----------------------------------------------------------------------------------------------------
+    model = load_pretrained(config.checkpoint, mesh, jnp.dtype(config.dtype))
+    settings["weights"] = weights_fingerprint(model)
+    check_folder(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / UNFINISHED_NAME, settings)
+    # An observed layer costs about twice as much as one that is only walked: its products are as large as its weights'.
+    cost = {layers: layers.start + 2 * len(layers) for layers in todo}
+    work_done, work = 0.0, sum(cost.values())
+    start = last_print = time.monotonic()
+
+    def report(layers: range, number: int) -> None:
+        nonlocal work_done, last_print
+        work_done += cost[layers] / num_batches
+        now = time.monotonic()
+        if now - last_print > 5 or number == num_batches:
+            rate = number * config.batch_size * context_length / (now - group_start)
+            eta = time.strftime("%H:%M:%S", time.gmtime((now - start) * (work / work_done - 1)))
+            name = f"layers {layers.start}-{layers.stop - 1}"
+            print(f"{name}: batch {number}/{num_batches}, {rate:.0f} tokens/s, ETA {eta}", flush=True)
+            last_print = now
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        for layers in todo:
+            group_start = time.monotonic()
+            group = observe_group(model, windows, layers, config, mesh, functools.partial(report, layers))
+            write_moments(out, group, settings["num_tokens"])
+            del group  # before the next one's sums are made
+    write_json(out / CALIBRATION_NAME, settings)
+    (out / UNFINISHED_NAME).unlink()
+    what = f"{num_layers} layers" + (" and the head" if config.head else "")
+    print(f"calibrated {what} on {settings['num_tokens']} tokens in {time.monotonic() - start:.0f} s -> {out}")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+    flags.DEFINE_string("out", None, "folder to write, and to continue", required=True)
+    flags.DEFINE_string("text", None, "text file, tokenised with the checkpoint's tokenizer")
+    flags.DEFINE_string("tokens", None, ".npy of int32 ids: (N,), or windows (N, T) with ids below 0 as padding")
+    flags.DEFINE_integer(
+        "context_length", None, f"tokens of a window; default {DEFAULT_CONTEXT_LENGTH}, or T of --tokens", lower_bound=1
+    )
+    flags.DEFINE_integer("num_windows", 256, "windows at most", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 4, "windows at once", lower_bound=1)
+    flags.DEFINE_integer("layers_per_group", None, "layers whose H are in memory at once; default: all", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations; H is float32")
+    flags.DEFINE_integer("seed", 0, "of the masks for LLaDA and Dream")
+    flags.DEFINE_bool("head", False, "also the input of the head")
+    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+    flags.DEFINE_bool("dry_run", False, "print the plan and stop")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(CalibrateConfig)}
+    if given["mesh"]:
+        try:
+            data, fsdp, tensor = map(int, given["mesh"])
+        except ValueError as error:
+            raise ValueError(
+                f"--mesh={','.join(given['mesh'])}: give three whole numbers, data,fsdp,tensor."
+            ) from error
+        given["mesh"] = (data, fsdp, tensor)
+    run(CalibrateConfig(**given), flags.FLAGS.dry_run)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

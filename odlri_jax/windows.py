@@ -1,0 +1,92 @@
+"""Text or token files to windows of equal length, and these to batches of one shape.
+
+A text is tokenised whole, without special tokens of our own, and cut into windows that follow one another; what is
+left at its end is dropped. A token file is .npy, int32: (N,) is cut in the same way; the rows of (N, T) are windows as
+they stand, and ids below zero in them are padding.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from a2d_jax.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT_LENGTH = 2048
+
+
+class Windows(NamedTuple):
+    """W windows of T tokens; batches have the same two fields, (B, T)."""
+
+    tokens: np.ndarray  # (W, T) int32, 0 where padding
+    attention_mask: np.ndarray  # (W, T) bool, False = padding
+
+
+def cut_windows(tokens: np.ndarray, context_length: int, num_windows: int | None, source: object) -> Windows:
+    """The first windows of (N,) tokens, at most `num_windows`; fewer where the tokens end before.
+
+    Raises:
+      ValueError: fewer tokens than one window.
+    """
+    num_available = len(tokens) // context_length
+    if num_available == 0:
+        raise ValueError(
+            f"{source} has {len(tokens)} tokens, fewer than one window of {context_length}; give a longer text or a "
+            "smaller --context_length."
+        )
+    num_taken = min(num_available, num_windows or num_available)
+    tokens = np.asarray(tokens[: num_taken * context_length], np.int32).reshape(num_taken, context_length)
+    return Windows(tokens, np.ones(tokens.shape, bool))
+
+
+def text_windows(
+    path: str | os.PathLike, tokenizer: Tokenizer, context_length: int | None, num_windows: int | None
+) -> Windows:
+    """Windows of a UTF-8 text file."""
+    tokens = np.array(tokenizer.encode(Path(path).read_text(encoding="utf-8")), np.int32)  # (N,)
+    return cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, num_windows, path)
+
+
+def token_windows(
+    path: str | os.PathLike, vocab_size: int, context_length: int | None, num_windows: int | None
+) -> Windows:
+    """Windows of a token file (.npy).
+
+    Raises:
+      ValueError: a file of another kind, rows of another length than `context_length`, ids beyond the vocabulary.
+    """
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of numbers ({error}); write the ids with numpy.save.") from error
+    if not isinstance(tokens, np.ndarray) or tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
+        found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
+        raise ValueError(f"{path} holds {found}; token ids are int32, (N,) or (N, T).")
+    if tokens.ndim == 1:
+        windows = cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, num_windows, path)
+    else:
+        if tokens.size == 0 or tokens.shape[1] != (context_length or tokens.shape[1]):
+            raise ValueError(
+                f"{path} has rows of shape {tokens.shape}, the context length is {context_length}; leave "
+                "--context_length out, or cut the rows anew."
+            )
+        ids = np.asarray(tokens[:num_windows], np.int32)
+        windows = Windows(np.maximum(ids, 0), ids >= 0)
+    if not windows.attention_mask.any():
+        raise ValueError(f"{path} holds nothing but padding; give rows with tokens.")
+    if windows.tokens.max() >= vocab_size or windows.tokens.min() < 0:
+        raise ValueError(
+            f"{path} has ids from {windows.tokens.min()} to {windows.tokens.max()}, the model {vocab_size} embedding "
+            "rows; tokenise with the checkpoint's own tokenizer."
+        )
+    return windows
+
+
+def batches(windows: Windows, batch_size: int) -> Iterator[Windows]:
+    """Batches of `batch_size` windows, in order; the last one is filled up with rows of padding."""
+    for start in range(0, len(windows.tokens), batch_size):
+        batch = [array[start : start + batch_size] for array in windows]
+        num_missing = batch_size - len(batch[0])
+        yield Windows(*(np.pad(array, ((0, num_missing), (0, 0))) for array in batch))
