@@ -70,6 +70,19 @@ class CompressedLinear(nnx.Module):
         y = _apply(arrays, x, self.shape, self.config, self.dtypes).astype(out_dtype or self.dtypes.compute)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
+    def replace_factors(self, config: DecomposeConfig, left: jax.Array, right: jax.Array) -> None:
+        """Takes 16-bit factors in place of quantised ones: (L, m, r), (L, r, n), in the basis that `config` says."""
+        axes = {"left": self.left_index.logical_axes, "right": self.right_index.logical_axes}
+        if self.config.published:
+            axes["left"] = axes["left"][::-1]
+        for suffix in set(self.suffixes) - set(tensor_specs(self.shape, config)):
+            delattr(self, suffix)
+        stack = self.weight_scale.shape
+        for suffix, factor in (("left", left), ("right", right)):
+            factor = factor.reshape(*stack, *factor.shape[-2:]).astype(jnp.float16)
+            setattr(self, suffix, nnx.LoRAParam(factor, logical_axes=axes[suffix]))
+        self.suffixes, self.config = tuple(tensor_specs(self.shape, config)), config
+
     def decomposition(self, layer: int | None = None) -> Decomposition:
         """The matrix of one layer (None: of a projection that is not stacked), factors as they are now."""
         arrays = {suffix: getattr(self, suffix)[...] for suffix in self.suffixes}
