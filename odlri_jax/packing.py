@@ -17,6 +17,7 @@ from odlri_jax.codebooks import BLOCK, Codebook, LatticeCodebook
 from odlri_jax.decompose import DecomposeConfig, Decomposition
 from odlri_jax.ldlq import block_units
 
+PIECE = 1 << 14  # blocks whose indices are searched at once
 _RESIDUAL_DTYPES = {"e8": np.uint8, "e8p": np.uint16}
 
 
@@ -74,12 +75,23 @@ def matrix_bits(shape: tuple[int, int], config: DecomposeConfig) -> float:
 
 
 @functools.partial(jax.jit, static_argnames="codebook")
-def _encode(values: jax.Array, units: jax.Array, codebook: Codebook) -> jax.Array:
+def _encode_blocks(blocks: jax.Array, codebook: Codebook) -> jax.Array:
+    """(..., 8) codebook values -> index of each block, or (..., 8) of each weight."""
+    encode = codebook.encode_points if isinstance(codebook, LatticeCodebook) else codebook.encode
+    return encode(blocks)
+
+
+def _encode(values: np.ndarray, units: np.ndarray, codebook: Codebook) -> np.ndarray:
     """(rows, columns) in units (rows or 1, columns / 8) -> index of each block, or of each weight."""
-    blocks = values.reshape(*values.shape[:-1], -1, BLOCK) / units[..., None]  # (rows, columns / 8, 8)
-    if isinstance(codebook, LatticeCodebook):
-        return codebook.encode_points(blocks)
-    return codebook.encode(blocks).reshape(values.shape)
+    rows, columns = values.shape
+    blocks = (values.reshape(rows, -1, BLOCK) / units[..., None]).reshape(-1, BLOCK)
+    # In pieces of one size, so that the search is compiled once for matrices of all shapes.
+    index = []
+    for start in range(0, len(blocks), PIECE):
+        piece = blocks[start : start + PIECE]
+        padded = np.pad(piece, ((0, PIECE - len(piece)), (0, 0)))
+        index.append(np.asarray(_encode_blocks(padded, codebook))[: len(piece)])
+    return np.concatenate(index).reshape(rows, -1)
 
 
 def encode(prefix: str, values: jax.Array, scale: jax.Array, codebook: Codebook) -> dict[str, np.ndarray]:
@@ -88,7 +100,8 @@ def encode(prefix: str, values: jax.Array, scale: jax.Array, codebook: Codebook)
     Raises:
       ValueError: entries that are no such values.
     """
-    index = np.asarray(_encode(values, block_units(scale, values.shape[-1]), codebook))
+    values = np.asarray(values)
+    index = _encode(values, np.asarray(block_units(scale, values.shape[-1])), codebook)
     if not isinstance(codebook, LatticeCodebook):
         bits = index.astype(np.uint8)[..., None] >> np.arange(codebook.bits, dtype=np.uint8) & 1
         arrays = {"index": np.packbits(bits.reshape(len(index), -1), axis=-1, bitorder="little")}
@@ -99,9 +112,9 @@ def encode(prefix: str, values: jax.Array, scale: jax.Array, codebook: Codebook)
         arrays = {"index": (index >> 16).astype(np.uint16), "residual": (index & 0xFFFF).astype(residual_dtype)}
     arrays = {f"{prefix}_{name}": array for name, array in arrays.items()}
     back = np.asarray(_decode_scaled(arrays, prefix, scale, codebook))
-    if not np.array_equal(back, np.asarray(values)):
+    if not np.array_equal(back, values):
         raise ValueError(
-            f"{np.sum(back != np.asarray(values))} of {values.size} entries of {prefix!r} are not values of the "
+            f"{np.sum(back != values)} of {values.size} entries of {prefix!r} are not values of the "
             f"codebook {codebook.name} times the scale; pack the result of decompose unchanged."
         )
     return arrays

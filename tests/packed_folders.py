@@ -1,19 +1,18 @@
-"""Decompositions made of random codebook values, and packed folders of them, for the tests: no alternation is run."""
+"""Random packed matrices, and folders of them, for the tests: no alternation is run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import packed_reader
 
 import a2d_jax
 from a2d_jax.hf_io import SafetensorsFolder, write_safetensors
 from a2d_jax.models.naming import tensor_names
-from odlri_jax import DecomposeConfig, Decomposition
-from odlri_jax.ldlq import block_units
+from odlri_jax import DecomposeConfig
 from odlri_jax.packed_io import Manifest, write_manifest
-from odlri_jax.packing import pack
+from odlri_jax.packing import tensor_specs
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
@@ -23,44 +22,21 @@ LLAMA = {
 }  # fmt: skip
 
 
-def on_codebook(rng, codebook, shape, scale) -> jax.Array:
-    """Random values of the codebook times the scale, as rounding makes them."""
-    x = jnp.asarray(rng.standard_normal(shape) * (1 if hasattr(codebook, "opt_scale") else 0.5), jnp.float32)
-    rows, columns = shape
-    blocks = jax.jit(codebook.nearest)(x.reshape(rows, columns // 8, 8))
-    return (blocks * block_units(scale, columns)[..., None]).reshape(shape)
-
-
-def random_decomposition(shape, config: DecomposeConfig, seed: int = 0, size: float = 0.1) -> Decomposition:
-    """What `decompose` could have found: every part random, the entries of W about `size`."""
-    rng, (m, n), rank = np.random.default_rng(seed), shape, config.rank
-    scalar = lambda value: jnp.asarray(value, jnp.float32)  # noqa: E731
-    q_scale = scalar(rng.uniform(0.5, 1))
-    if not hasattr(config.codebook, "opt_scale"):
-        q_scale = jnp.asarray(rng.uniform(0.5, 3, (m, n // config.group)), jnp.float32)
-    left_scale, right_scale = scalar(1), scalar(1)
-    if config.factor_codebook is None:
-        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 2, jnp.float16).astype(jnp.float32)  # noqa: E731
-        left, right = draw(m, rank), draw(rank, n)
-    else:
-        left_scale, right_scale = scalar(rng.uniform(0.1, 0.9)), scalar(rng.uniform(0.1, 0.9))
-        left_shape = (rank, m) if config.published else (m, rank)
-        left = on_codebook(rng, config.factor_codebook, left_shape, left_scale)
-        left = left.T if config.published else left
-        right = on_codebook(rng, config.factor_codebook, (rank, n), right_scale)
-    signs = [jnp.asarray(rng.choice([-1, 1], size), jnp.float32) for size in shape]
-    return Decomposition(
-        on_codebook(rng, config.codebook, shape, q_scale), left, right, q_scale, left_scale, right_scale,
-        scalar(size), *signs, *[scalar(0)] * 6, jnp.int32(0), config,
-    )  # fmt: skip
-
-
-def write_llama(folder: Path, **changes) -> Path:
-    """A tiny LLaMA folder with random weights."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
-    a2d_jax.save_pretrained(a2d_jax.Transformer(a2d_jax.load_config(folder)), folder)
-    return folder
+def random_arrays(shape, config: DecomposeConfig, seed: int = 0, size: float = 0.1) -> dict[str, np.ndarray]:
+    """Random packed arrays of a matrix whose entries are about `size`."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for name, spec in tensor_specs(shape, config).items():
+        if spec.dtype.kind == "u":
+            arrays[name] = rng.integers(0, np.iinfo(spec.dtype).max, spec.shape, spec.dtype, endpoint=True)
+        elif name.endswith("_scale"):
+            arrays[name] = rng.uniform(0.3, 0.9, spec.shape).astype(np.float32)
+        else:
+            arrays[name] = (rng.standard_normal(spec.shape) / 2).astype(np.float16)
+    arrays["weight_scale"] = np.float32(size) * np.ones((), np.float32)
+    if config.rotates_factors:
+        for name, length in zip(("signs_out", "signs_in"), shape, strict=True):
+            arrays[name] = np.packbits(rng.integers(0, 2, length), bitorder="little")
+    return arrays
 
 
 def write_packed(
@@ -71,10 +47,9 @@ def write_packed(
     files, dense, source_tensors = {"layers.safetensors": {}, "dense.safetensors": {}}, {}, SafetensorsFolder(source)
     for seed, name in enumerate(tensor_names(a2d_jax.load_config(source))):
         if ".".join(name.path[:-1]) in paths and name.path[-1] == "kernel":
-            d = random_decomposition(name.shape, config, seed)
-            dense[name.hf_name] = np.asarray(d.dense())
-            module = name.hf_name.removesuffix("weight")
-            files["layers.safetensors"] |= {module + suffix: array for suffix, array in pack(d).items()}
+            arrays, module = random_arrays(name.shape, config, seed), name.hf_name.removesuffix("weight")
+            files["layers.safetensors"] |= {module + suffix: array for suffix, array in arrays.items()}
+            dense[name.hf_name] = packed_reader.dense(arrays, dataclasses.asdict(config)).astype(np.float32)
         else:
             dense[name.hf_name] = files["dense.safetensors"][name.hf_name] = source_tensors.read(name.hf_name)
     for file, tensors in files.items():
