@@ -1,0 +1,438 @@
+"""Program: every linear layer of a Hugging Face folder as Q + L R, in a packed folder.
+
+    python -m odlri_jax.compress --checkpoint HF_DIR --calibration DIR --out DIR --rank 32 [--lr_bits 4] [--head]
+
+Embeddings, norms and biases stay as they are; so does the head, unless --head (and it has weights of its own). Each
+flag below --out sets a field of `DecomposeConfig`. Weights are read matrix by matrix; the model is never in memory as
+a whole. A group of layers is one file: its matrices of one shape are stacked, and the stack is split over the devices.
+The random numbers of a matrix follow from its name and --seed, so that neither grouping nor devices change it.
+
+    DIR/layers-000-003.safetensors ..., head.safetensors, dense.safetensors    see docs/packed_format.md
+    DIR/report.json, report.png                                                errors, scales, roles and times
+    DIR/unfinished/       settings and the records of finished groups, until odlri.json takes their place
+
+Run again with the same folder, it keeps the finished groups and starts with the one that was cut off.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+
+from a2d_jax.config import ModelConfig, load_config
+from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, write_json, write_safetensors
+from a2d_jax.models.naming import tensor_names
+from a2d_jax.orbax_io import HF_FOLDER, copy_companions
+from odlri_jax.calibration import Calibration
+from odlri_jax.codebooks import BLOCK
+from odlri_jax.decompose import INITS, DecomposeConfig, Decomposition, check_inputs, decompose_stack
+from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
+from odlri_jax.packing import pack
+from odlri_jax.report import PLOT_NAME, REPORT_NAME, matrix_record, write_report
+
+UNFINISHED = "unfinished"
+_SETTINGS_NAME = "settings.json"
+_HEAD_GROUP, _DENSE_NAME = "head", "dense.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressConfig:
+    """One compression.
+
+    Attributes:
+      layers_per_group: layers of one file, whose matrices of one shape make a stack; None: one for each device.
+      num_devices: None: all local ones.
+    """
+
+    checkpoint: str
+    calibration: str
+    out: str
+    decompose: DecomposeConfig
+    seed: int = 0
+    head: bool = False
+    layers_per_group: int | None = None
+    num_devices: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One linear layer: its name in the checkpoint, ours ("q_proj", ...), its layer, and (m, n)."""
+
+    name: str
+    projection: str
+    layer: int | None
+    shape: tuple[int, int]
+
+    def key(self, seed: int) -> jax.Array:
+        """Random key that depends on the name alone."""
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
+
+    @property
+    def work(self) -> int:
+        """Multiplications with H, to which most of the time goes."""
+        return self.shape[0] * self.shape[1] ** 2
+
+
+# -- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def list_matrices(config: ModelConfig, has_head: bool) -> list[Matrix]:
+    """The matrices to decompose, in the order of the layers."""
+    if has_head and config.tie_embeddings:
+        raise ValueError("--head: this model's head is its embedding, which stays dense; leave the flag out.")
+    return [
+        Matrix(name.hf_name.removesuffix(".weight"), name.path[-2], name.layer, name.shape)
+        for name in tensor_names(config)
+        if name.path[-1] == "kernel" and (name.layer is not None or has_head)
+    ]
+
+
+def check_shapes(matrices: Sequence[Matrix], config: DecomposeConfig) -> None:
+    """ValueError with the first matrix that the settings do not fit, before any work is done."""
+    for matrix in matrices:
+        (m, n), where = matrix.shape, f"{matrix.name} {matrix.shape}"
+        if config.rank > min(m, n):
+            raise ValueError(f"rank={config.rank} is above min(m, n) = {min(m, n)} of {where}; give a lower --rank.")
+        if n % BLOCK or (m % BLOCK and config.lr_bits < 16 and config.published):
+            raise ValueError(f"{where}: the codebooks round blocks of {BLOCK}, which do not divide it.")
+        if config.init in ("odlri", "auto") and config.num_outliers > n:
+            raise ValueError(
+                f"num_outliers={config.num_outliers} is above the {n} columns of {where}; give a lower --num_outliers."
+            )
+        if config.q_codebook != "e8p" and (n % config.group or config.group % BLOCK):
+            raise ValueError(
+                f"group={config.group} must divide the {n} columns of {where} and be a multiple of {BLOCK}; give "
+                "another --group."
+            )
+
+
+def layer_groups(matrices: Sequence[Matrix], layers_per_group: int) -> dict[str, list[Matrix]]:
+    """File stem -> its matrices: runs of layers, then the head."""
+    last = max((matrix.layer for matrix in matrices if matrix.layer is not None), default=0)
+    groups: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        if matrix.layer is None:
+            stem = _HEAD_GROUP
+        else:
+            first = matrix.layer // layers_per_group * layers_per_group
+            stem = f"layers-{first:03d}-{min(first + layers_per_group - 1, last):03d}"
+        groups.setdefault(stem, []).append(matrix)
+    return groups
+
+
+# -- the work ---------------------------------------------------------------------------------------------------------
+
+
+def stack_mesh(num_matrices: int, devices: Sequence[jax.Device]) -> Mesh | None:
+    """Devices for a stack; None where one does it all."""
+    used = list(devices)[:num_matrices]
+    return Mesh(np.array(used), ("stack",)) if len(used) > 1 else None
+
+
+def decompose_matrices(
+    matrices: Sequence[Matrix],
+    source: SafetensorsFolder,
+    calibration: Calibration,
+    config: DecomposeConfig,
+    seed: int,
+    devices: Sequence[jax.Device],
+) -> Iterator[tuple[list[Matrix], Decomposition, float]]:
+    """Stacks of the matrices by shape, each with its decomposition (a leading axis over the stack) and seconds.
+
+    Raises:
+      ValueError: a matrix or an H that cannot be decomposed, by name.
+    """
+    stacks: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in matrices:
+        stacks.setdefault(matrix.shape, []).append(matrix)
+    for stack in stacks.values():
+        start = time.monotonic()
+        w = np.stack([source.read(f"{matrix.name}.weight").astype(np.float32) for matrix in stack])  # (B, m, n)
+        h = np.stack([calibration.second_moment(matrix.projection, matrix.layer) for matrix in stack])  # (B, n, n)
+        keys = jnp.stack([matrix.key(seed) for matrix in stack])
+        try:
+            result = decompose_stack(w, h, config, keys, stack_mesh(len(stack), devices))
+        except ValueError:
+            for matrix, *pair in zip(stack, w, h, strict=True):
+                check_named(matrix, *pair, config)
+            raise
+        jax.block_until_ready(result)
+        yield stack, result, time.monotonic() - start
+
+
+def check_named(matrix: Matrix, w: np.ndarray, h: np.ndarray, config: DecomposeConfig) -> None:
+    """The checks of `decompose`, with the name of the matrix in what they raise."""
+    try:
+        check_inputs(jnp.asarray(w), jnp.asarray(h), config)
+    except ValueError as error:
+        raise ValueError(f"{matrix.name}: {error}") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    write_safetensors(path, shapes, arrays.__getitem__, {"format": "pt"})
+
+
+def compress_group(
+    stem: str, matrices: Sequence[Matrix], out: Path, decompose: Callable, on_stack: Callable[[list[dict]], None]
+) -> None:
+    """Decomposes the matrices of one file and writes it; `on_stack` hears the records of each finished stack.
+
+    The records go first: a group counts as finished where its file is.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for stack, result, seconds in decompose(matrices):
+        for i, matrix in enumerate(stack):
+            one = jax.tree.map(lambda x, i=i: x[i], result)
+            arrays |= {f"{matrix.name}.{suffix}": array for suffix, array in pack(one).items()}
+            records[matrix.name] = matrix_record(
+                matrix.name, matrix.projection, matrix.layer, matrix.shape, one, seconds / len(stack)
+            )
+        on_stack([records[matrix.name] for matrix in stack])
+    write_json(record_file(out, stem), [records[matrix.name] for matrix in matrices])
+    write_arrays(out / f"{stem}.safetensors", arrays)
+
+
+def write_dense(source: SafetensorsFolder, config: ModelConfig, matrices: Sequence[Matrix], out: Path) -> None:
+    """All tensors that are not packed, as they were stored."""
+    packed = {f"{matrix.name}.weight" for matrix in matrices}
+    names = [name.hf_name for name in tensor_names(config) if name.hf_name not in packed]
+    shapes = {name: (source.shapes[name], source.read(name).dtype) for name in names}
+    write_safetensors(out / _DENSE_NAME, shapes, source.read, {"format": "pt"})
+
+
+def write_index(out: Path, stems: Sequence[str]) -> None:
+    """Which file holds what."""
+    weight_map, total_size = {}, 0
+    for file in [_DENSE_NAME, *(f"{stem}.safetensors" for stem in stems)]:
+        with open(out / file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        weight_map |= dict.fromkeys(tensors, file)
+        total_size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(out / INDEX_NAME, index)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def record_file(out: Path, stem: str) -> Path:
+    return out / UNFINISHED / f"{stem}.json"
+
+
+def is_done(out: Path, stem: str) -> bool:
+    return (out / f"{stem}.safetensors").is_file() and record_file(out, stem).is_file()
+
+
+def settings_before(out: Path) -> dict[str, Any] | None:
+    """Settings of the compression that `out` holds, finished or not; None for a new folder.
+
+    Raises:
+      ValueError: a folder with something else in it.
+    """
+    if (out / MANIFEST_NAME).is_file() and (out / REPORT_NAME).is_file():
+        return json.loads((out / REPORT_NAME).read_text(encoding="utf-8"))["settings"]
+    path = out / UNFINISHED / _SETTINGS_NAME
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if out.is_dir() and any(file.suffix in (".safetensors", ".json") for file in out.iterdir()):
+        raise ValueError(f"{out} holds files of unknown origin, and no compression to continue; give another --out.")
+    return None
+
+
+def settings_of(config: CompressConfig, calibration: Calibration, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the files of `config` depend on; compared with those of the folder.
+
+    Raises:
+      ValueError: the folder was begun with others.
+    """
+    layers_per_group = config.layers_per_group or (before or {}).get("layers_per_group")
+    of_calibration = {key: calibration.settings.get(key) for key in ("tokens_sha256", "weights", "num_tokens")}
+    settings = {
+        "checkpoint": str(Path(config.checkpoint).absolute()),
+        "calibration": {"folder": str(Path(config.calibration).absolute()), **of_calibration},
+        "seed": config.seed,
+        "head": config.head,
+        "layers_per_group": layers_per_group or len(devices_of(config)),
+        **dataclasses.asdict(config.decompose),
+    }
+    changed = [] if before is None else [key for key in settings if before.get(key) != settings[key]]
+    if changed:
+        differences = "; ".join(f"{key}: {before.get(key)!r} then, {settings[key]!r} now" for key in changed)
+        raise ValueError(
+            f"{config.out} was begun with other settings ({differences}); repeat those or give another --out."
+        )
+    return settings
+
+
+def devices_of(config: CompressConfig) -> list[jax.Device]:
+    devices = jax.local_devices()
+    if config.num_devices is not None and config.num_devices > len(devices):
+        raise ValueError(f"--num_devices={config.num_devices}: there are {len(devices)}; give at most as many.")
+    return devices[: config.num_devices]
+
+
+def open_source(config: CompressConfig) -> tuple[ModelConfig, SafetensorsFolder]:
+    """Configuration and tensors of the checkpoint, checked against each other."""
+    folder = Path(config.checkpoint)
+    if Path(config.out).resolve() == folder.resolve():
+        raise ValueError(f"--out is the checkpoint itself ({folder}); choose another folder.")
+    if (folder / HF_FOLDER).is_dir():
+        raise ValueError(
+            f"{folder} holds no safetensors; write it as a Hugging Face folder first: python -m a2d_jax.export."
+        )
+    if (folder / MANIFEST_NAME).is_file():
+        raise ValueError(f"{folder} is packed already; give the dense checkpoint that it was made from.")
+    model_config, source = load_config(folder), SafetensorsFolder(folder)
+    check_tensors(model_config, source.shapes, folder)
+    return model_config, source
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
+    """Decomposes what is not decomposed yet, completes the folder and returns its report."""
+    out, begin = Path(config.out), time.monotonic()
+    model_config, source = open_source(config)
+    calibration = Calibration(config.calibration)
+    if calibration.num_layers != model_config.num_layers:
+        raise ValueError(
+            f"{config.calibration} was made from {calibration.num_layers} layers, {config.checkpoint} has "
+            f"{model_config.num_layers}; calibrate with this checkpoint."
+        )
+    matrices = list_matrices(model_config, config.head)
+    check_shapes(matrices, config.decompose)
+    devices = devices_of(config)
+    settings = settings_of(config, calibration, settings_before(out))
+    groups = layer_groups(matrices, settings["layers_per_group"])
+    is_complete = (out / MANIFEST_NAME).is_file()
+    todo = [stem for stem in groups if not (is_complete or is_done(out, stem))]
+
+    # --- Plan ------------------------------------------------------------------------------------------------------
+    shapes = dict.fromkeys(f"{m}x{n}" for m, n in (matrix.shape for matrix in matrices))
+    print(
+        f"model {config.checkpoint}: {model_config.family}, {model_config.num_layers} layers; "
+        f"{len(matrices)} matrices of {', '.join(shapes)}{' with the head' if config.head else ''}\n"
+        f"H of {calibration.settings.get('num_tokens')} tokens from {config.calibration}; seed {config.seed}\n"
+        f"{config.decompose}\n"
+        f"{len(devices)} device(s); {len(groups)} files of up to {settings['layers_per_group']} layers, "
+        f"{len(groups) - len(todo)} done\n"
+        f"writes {out}",
+        flush=True,
+    )
+    if is_dry:
+        print("dry run: nothing done")
+        return None
+    if is_complete:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        print(f"{out} is complete already")
+        return json.loads((out / REPORT_NAME).read_text(encoding="utf-8"))
+
+    # --- Matrices --------------------------------------------------------------------------------------------------
+    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    write_json(out / UNFINISHED / _SETTINGS_NAME, settings)
+    work = {matrix.name: matrix.work for matrix in matrices}
+    remaining = sum(work[matrix.name] for stem in todo for matrix in groups[stem])
+    num_done, work_done = sum(len(groups[stem]) for stem in groups if stem not in todo), 0
+    start = time.monotonic()
+
+    def report_stack(records: list[dict[str, Any]]) -> None:
+        nonlocal num_done, work_done
+        num_done += len(records)
+        work_done += sum(work[record["name"]] for record in records)
+        elapsed = time.monotonic() - start
+        eta = time.strftime("%H:%M:%S", time.gmtime(elapsed * (remaining / work_done - 1)))
+        kinds = ", ".join(dict.fromkeys(record["projection"] for record in records))
+        errors = ", ".join(f"{record['error']:.4f}" for record in records[:4]) + (" ..." if len(records) > 4 else "")
+        first = "head" if records[0]["layer"] is None else f"layer {records[0]['layer']}"
+        seconds = sum(record["seconds"] for record in records)
+        print(
+            f"{num_done}/{len(matrices)} from {first} ({kinds}): error {errors} in {seconds:.1f} s, ETA {eta}",
+            flush=True,
+        )
+
+    def decompose(group: Sequence[Matrix]):
+        return decompose_matrices(group, source, calibration, config.decompose, config.seed, devices)
+
+    for stem in todo:
+        compress_group(stem, groups[stem], out, decompose, report_stack)
+
+    # --- The rest of the folder, the manifest last: it makes the folder complete -------------------------------------
+    if not (out / _DENSE_NAME).is_file():
+        write_dense(source, model_config, matrices, out)
+    copy_companions(config.checkpoint, out, except_for=(INDEX_NAME, MANIFEST_NAME, REPORT_NAME, PLOT_NAME))
+    records = [record for stem in groups for record in json.loads(record_file(out, stem).read_text(encoding="utf-8"))]
+    report = write_report(out, records, settings)
+    write_index(out, list(groups))
+    paths = dict.fromkeys(m.projection if m.layer is None else f"blocks.{m.projection}" for m in matrices)
+    write_manifest(out, Manifest(config.decompose, tuple(paths)))
+    shutil.rmtree(out / UNFINISHED)
+    total = report["summary"]
+    print(
+        f"compressed {total['num_matrices']} matrices to {total['bits_per_weight']:.3f} bits per weight, mean error "
+        f"{total['mean_error']:.4f}, in {time.monotonic() - begin:.0f} s -> {out}"
+    )
+    return report
+
+
+_HELP = {
+    "rank": "r of L (m, r) and R (r, n)",
+    "num_outliers": "k of the odlri start",
+    "init": "start; auto takes the one whose first iterations end lowest",
+    "q_bits": "bits a weight of Q",
+    "q_codebook": "e8p (2, 3, 4 bits), uniform or normal_float",
+    "group": "columns that share a scale (uniform, normal_float)",
+    "lr_bits": "bits of the factors: 16, or 2, 3, 4 on the lattice",
+    "outer_iters": "alternations of Q and L R",
+    "inner_iters": "rounds over L and R in each, below 16 bits",
+    "tune_iters": "sweeps over Q after each rounding",
+    "hadamard": "rotate W and H first",
+    "ridge": "added to H, as a share of its mean diagonal",
+    "published": "the published algorithm step by step",
+}
+_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Hugging Face folder", required=True)
+    flags.DEFINE_string("calibration", None, "folder of odlri_jax.calibrate", required=True)
+    flags.DEFINE_string("out", None, "folder to write, and to continue", required=True)
+    for field in dataclasses.fields(DecomposeConfig):
+        if field.name == "init":
+            flags.DEFINE_enum("init", field.default, INITS, _HELP["init"])
+        else:
+            _DEFINE[field.type](field.name, field.default, _HELP[field.name])
+    flags.DEFINE_integer("seed", 0, "of signs, starts and factors")
+    flags.DEFINE_bool("head", False, "also the head")
+    flags.DEFINE_integer(
+        "layers_per_group", None, "layers of one file and stack; default: one for each device", lower_bound=1
+    )
+    flags.DEFINE_integer("num_devices", None, "devices to use; default: all of this machine", lower_bound=1)
+    flags.DEFINE_bool("dry_run", False, "print the plan and stop")
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    fields = [field.name for field in dataclasses.fields(DecomposeConfig)]
+    decompose = DecomposeConfig(**{name: values[name].value for name in fields})
+    names = ("checkpoint", "calibration", "out", "seed", "head", "layers_per_group", "num_devices")
+    run(CompressConfig(decompose=decompose, **{name: values[name].value for name in names}), values.dry_run)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
