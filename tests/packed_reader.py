@@ -85,7 +85,7 @@ def orthogonal(n: int) -> np.ndarray:
     odd = n // (n & -n)
     if odd == 1:
         kernel = np.ones((1, 1))
-    elif odd in (3, 5):  # Paley I, orders 12 and 20
+    elif odd in (3, 5, 11):  # Paley I, orders 12, 20 and 44
         kernel = np.eye(4 * odd)
         kernel[0], kernel[1:, 0] = 1, -1
         kernel[1:, 1:] += jacobsthal(4 * odd - 1)

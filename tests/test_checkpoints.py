@@ -90,6 +90,7 @@ def test_our_writer_makes_the_librarys_bytes(tmp_path):
         "b.bias": rng.normal(size=3).astype(np.float32), "a": rng.normal(size=(2, 5)).astype(ml_dtypes.bfloat16),
         "é": rng.integers(0, 9, (4,), np.int64), "z": rng.normal(size=(1, 2)).astype(np.float16),
         "empty": np.zeros((0, 4), np.float32), "flags": np.array([True, False]), "u": np.arange(5, dtype=np.uint8),
+        "words": np.arange(5, dtype=np.uint16), "long": np.arange(5, dtype=np.uint32), "one": np.array(2, np.float32),
     }  # fmt: skip
     safetensors.numpy.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
