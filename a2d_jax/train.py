@@ -37,13 +37,12 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
+from a2d_jax.assembly import assemble, check_mesh, with_adapter
 from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, read_train_config
 from a2d_jax.config import load_config
 from a2d_jax.data import Batch, make_loader
 from a2d_jax.hf_io import write_json
-from a2d_jax.losses import objective_of
 from a2d_jax.metrics import MetricWriter
-from a2d_jax.models.lora import add_lora
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
 from a2d_jax.pretrained import abstract_base, hf_files, load_base
@@ -52,12 +51,7 @@ from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.training import (
     METRICS,
-    Objective,
     init_state,
-    learning_rate,
-    make_optimizer,
-    make_shardings,
-    make_update,
     pure,
     split_model,
 )
@@ -95,50 +89,34 @@ def train(
         check_resumable(read_train_config(workdir), settings, run.optimizer.schedule)
 
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices)
-    rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
-    if run.batch_size % rows_at_once:
-        raise ValueError(
-            f"config.batch_size={run.batch_size} does not split over data={mesh.shape['data']} x fsdp="
-            f"{mesh.shape['fsdp']} devices in grad_accum_steps={run.grad_accum_steps} parts; use a multiple of "
-            f"{rows_at_once}."
-        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # Data, and the model as shapes
     # ------------------------------------------------------------------------------------------------------------------
     base = hf_files(run.model.checkpoint)
     model_config, tokenizer = load_config(base), load_tokenizer(base)
+    check_mesh(run, model_config, mesh)
     dtypes = run.dtypes.resolve()
     loader = make_loader(
         run.files, tokenizer, run.data, run.batch_size, run.seed, jax.process_index(), jax.process_count()
     )
     num_steps = run.num_steps or math.ceil(run.num_epochs * loader.summary.num_rows / run.batch_size)
 
-    def with_adapter(model: Transformer) -> Transformer:
-        if run.lora is not None:
-            add_lora(model, run.lora, nnx.Rngs(run.seed))
-        return model
-
-    shapes = nnx.eval_shape(with_adapter, abstract_base(run.model.checkpoint, dtypes, run.remat))
-    graphdef, trained_shapes, frozen_shapes = split_model(shapes)
+    shapes = abstract_base(run.model.checkpoint, dtypes, run.remat)
+    assembly = assemble(run, shapes, mesh, num_steps, tokenizer.mask_id, tokenizer.eos_id)
+    trained_shapes, frozen_shapes, shardings = assembly.trained, assembly.frozen, assembly.shardings
     if run.model.from_scratch and frozen_shapes:
         raise ValueError("config.model.from_scratch draws dense weights; name a checkpoint that is not compressed.")
-    optimizer = make_optimizer(run.optimizer, num_steps)
-    shardings = make_shardings(trained_shapes, frozen_shapes, optimizer, mesh)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The plan
     # ------------------------------------------------------------------------------------------------------------------
-    objective = Objective(
-        run.objective or objective_of(model_config.family), tokenizer.mask_id, tokenizer.eos_id,
-        run.mask_eps, run.grad_accum_steps, run.seed,
-    )  # fmt: skip
     origin = "from scratch after" if run.model.from_scratch else "from"
     what = "the factors of its compressed projections" if frozen_shapes else "every weight"
     if run.lora is not None:
-        what = f"LoRA r={run.lora.rank} alpha={run.lora.alpha:g} on {', '.join(shapes.lora.targets)}"
+        what = f"LoRA r={run.lora.rank} alpha={run.lora.alpha:g} on {', '.join(assembly.model.lora.targets)}"
     num_params, num_trained = count(trained_shapes) + count(frozen_shapes), count(trained_shapes)
-    optimization, device = run.optimizer, mesh.devices.flat[0]
+    objective, optimization, device = assembly.objective, run.optimizer, mesh.devices.flat[0]
     say(
         f"model      {model_config.family}, {model_config.num_layers} layers of width {model_config.width}, vocabulary "
         f"{model_config.vocab_size}, {num_params:,} parameters; {origin} {run.model.checkpoint}\n"
@@ -177,7 +155,7 @@ def train(
         return
     params, frozen = None, {}
     if frozen_shapes or not (first_step or run.model.from_scratch):
-        _, trained, frozen = split_model(with_adapter(load_base(run.model.checkpoint, mesh, dtypes, run.remat)))
+        _, trained, frozen = split_model(with_adapter(load_base(run.model.checkpoint, mesh, dtypes, run.remat), run))
         params = jax.device_put(pure(trained), shardings.state.params)
         frozen = jax.device_put(pure(frozen), shardings.frozen)
         del trained
@@ -185,7 +163,7 @@ def train(
         random = lambda: pure(nnx.state(Transformer(model_config, dtypes, rngs=nnx.Rngs(run.seed))))  # noqa: E731
         params = jax.jit(random, out_shardings=shardings.state.params)()
 
-    start = partial(init_state, optimizer=optimizer)
+    start = partial(init_state, optimizer=assembly.optimizer)
     batches = iter(loader)
     if first_step:
         abstract = abstract_arrays(jax.eval_shape(start, pure(trained_shapes)), shardings.state)
@@ -199,7 +177,6 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------
     # The loop. The host queues steps and reads their numbers only when it logs or saves, so devices never wait for it.
     # ------------------------------------------------------------------------------------------------------------------
-    update = make_update(graphdef, objective, optimizer, learning_rate(run.optimizer, num_steps), shardings)
     writer = MetricWriter(workdir, first_step, is_silent=jax.process_index() > 0)
     place = partial(jax.make_array_from_process_local_data, shardings.batch)
     queued, seen_lengths = [], set()
@@ -241,7 +218,7 @@ def train(
                 seen_lengths.add(batch.tokens.shape[1])
                 say(f"step {step}: the first batch of length {batch.tokens.shape[1]}, compiling")
             num_tokens = int(np.sum(batch.attention_mask)) * jax.process_count()
-            state, metrics = update(state, frozen, Batch(*map(place, batch)))
+            state, metrics = assembly.update(state, frozen, Batch(*map(place, batch)))
             queued.append((step, num_tokens, metrics))
             is_saved = step == num_steps or (run.checkpoint_every and step % run.checkpoint_every == 0)
             if is_saved or step % run.log_every == 0:

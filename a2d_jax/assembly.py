@@ -1,0 +1,98 @@
+"""From a run's settings to its update, as shapes alone: what `train` executes and what a compiler can be shown.
+
+Nothing here touches a weight; the mesh may be one of described devices that do not exist.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from a2d_jax.config import ModelConfig
+from a2d_jax.data import Batch
+from a2d_jax.losses import objective_of
+from a2d_jax.models.lora import add_lora
+from a2d_jax.models.transformer import Transformer
+from a2d_jax.settings import RunConfig
+from a2d_jax.training import (
+    Objective,
+    Shardings,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_shardings,
+    make_update,
+    pure,
+    split_model,
+)
+
+
+class Assembly(NamedTuple):
+    """A run, assembled: shapes, and the jitted `update`, which donates its state; lower or call it under
+    `jax.set_mesh`."""
+
+    model: Transformer
+    trained: nnx.State
+    frozen: nnx.State
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    shardings: Shardings
+    update: jax.stages.Wrapped
+
+
+def with_adapter(model: Transformer, run: RunConfig) -> Transformer:
+    """The model with the run's adapter, freshly drawn from its seed, where the run has one."""
+    if run.lora is not None:
+        add_lora(model, run.lora, nnx.Rngs(run.seed))
+    return model
+
+
+def check_mesh(run: RunConfig, config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError where the batch or the heads do not split over the mesh."""
+    rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"] * run.grad_accum_steps
+    if run.batch_size % rows_at_once:
+        raise ValueError(
+            f"config.batch_size={run.batch_size} does not split over data={mesh.shape['data']} x fsdp="
+            f"{mesh.shape['fsdp']} devices in grad_accum_steps={run.grad_accum_steps} parts; use a multiple of "
+            f"{rows_at_once}."
+        )
+    check_heads(config, mesh)
+
+
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError where a device would hold part of a head."""
+    tensor = mesh.shape["tensor"]
+    for what, number in (("heads", config.num_heads), ("key/value heads", config.num_kv_heads)):
+        if number % tensor:
+            raise ValueError(
+                f"mesh tensor={tensor} does not divide the {number} {what} of this {config.family} model; use a "
+                f"divisor of {np.gcd(config.num_heads, config.num_kv_heads)} and give the other devices to fsdp."
+            )
+
+
+def assemble(run: RunConfig, base: Transformer, mesh: Mesh, num_steps: int, mask_id: int, eos_id: int) -> Assembly:
+    """The update of a run that `check_mesh` has passed.
+
+    Args:
+      base: the model as shapes, without the run's adapter.
+      num_steps: of the whole run, for the learning rate.
+    """
+    model = nnx.eval_shape(lambda model: with_adapter(model, run), base)
+    graphdef, trained, frozen = split_model(model)
+    optimizer = make_optimizer(run.optimizer, num_steps)
+    shardings = make_shardings(trained, frozen, optimizer, mesh)
+    name = run.objective or objective_of(base.config.family)
+    objective = Objective(name, mask_id, eos_id, run.mask_eps, run.grad_accum_steps, run.seed)
+    update = make_update(graphdef, objective, optimizer, learning_rate(run.optimizer, num_steps), shardings)
+    return Assembly(model, trained, frozen, objective, optimizer, shardings, update)
+
+
+def abstract_arguments(assembly: Assembly, batch_size: int, length: int):
+    """Shapes of (state, frozen, batch) for `assembly.update.lower`; placement comes from the update itself."""
+    state = jax.eval_shape(lambda params: init_state(params, assembly.optimizer), pure(assembly.trained))
+    rows = lambda dtype: jax.ShapeDtypeStruct((batch_size, length), dtype)  # noqa: E731
+    batch = Batch(rows(np.int32), rows(bool), rows(bool), jax.ShapeDtypeStruct((batch_size,), bool))
+    return state, pure(assembly.frozen), batch

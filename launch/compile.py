@@ -1,0 +1,176 @@
+"""Program: compiles a step for a TPU slice without a TPU, and says whether it fits and how fast it can be.
+
+    python -m launch.compile --config configs/llada_8b_a2d_full.py --topology v5e:4x4
+    python -m launch.compile --config configs/llada_8b_a2d_full.py --topology v5e:4x4 --config.mesh.tensor=4
+    python -m launch.compile --config configs/llama_2_70b_odlri.py --topology v5p:2x2x4 --step calibrate
+    python -m launch.compile --config configs/llada_8b_a2d_full.py --topology v5e:4x4 --search
+
+Needs libtpu, the TPU compiler (`make env-tpu`; Linux x86-64). Only shapes exist here: a model of 70 B parameters takes
+no memory. The checkpoint that a config names need not be there if configs/models/ holds its architecture.
+
+It prints a table and writes JSON, all numbers of one chip: argument_bytes + temp_bytes against hbm_bytes; hlo_flops of
+the compiled program (loops counted as often as they run) against model_flops that the method needs, so that their
+ratio is what recomputation costs; bytes that the chip sends in collectives, by mesh axes and kind, and whether they run
+beside other work; roofline_seconds, the largest of the times that arithmetic, memory and interconnect need at their
+published rates, and the share of the peak that model_flops are at that speed (roofline_mfu): no run can be faster.
+
+--search tries meshes, rematerialisation and micro-batches of a training config: see `launch/search.py`.
+"""
+
+import collections
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from a2d_jax.hf_io import write_json
+from launch.chips import GB, Topology, parse_topology, topology_devices
+from launch.hlo import Tally, count
+from launch.settings import STEPS
+from launch.steps import BUILDERS, Step
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
+
+
+def used_bytes(message: str) -> float | None:
+    """Bytes of HBM that the compiler would have needed, from its refusal ("Used 21.5G of 15.75G hbm")."""
+    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    return float(found[1]) * _UNITS[found[2]] if found else None
+
+
+def compile_step(step: Step, topology: Topology) -> dict[str, Any]:
+    """Compiles and measures; the numbers of one chip, under the names of the module's docstring."""
+    started = time.monotonic()
+    lowered = step.lower()
+    hbm = topology.chip.hbm_bytes
+    head = {"topology": topology.name, "num_chips": topology.num_chips, "mesh": dict(step.mesh.shape)}
+    model_flops = None if step.model_flops is None else step.model_flops / topology.num_chips
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = used_bytes(str(error))
+        if needed is None:
+            raise
+        empty = dict.fromkeys(("argument_bytes", "temp_bytes", "hlo_flops", "roofline_seconds", "roofline_mfu"))
+        return head | empty | {
+            "fits": False, "needed_bytes": needed, "hbm_bytes": hbm, "model_flops": model_flops,
+            "collective_bytes": {}, "compile_seconds": time.monotonic() - started,
+        }  # fmt: skip
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
+    tally = count(compiled.as_text(), step.mesh.shape)
+    times = roofline(tally, topology)
+    slowest = max(times.values())
+    return head | {
+        "fits": needed <= hbm,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "needed_bytes": needed,
+        "hbm_bytes": hbm,
+        "hlo_flops": tally.flops,
+        "model_flops": model_flops,
+        "flops_ratio": model_flops and tally.flops / model_flops,
+        "memory_traffic_bytes": tally.memory_bytes,
+        "collective_bytes": by_kind(tally),
+        "collective_bytes_alone": by_kind(tally, is_async=False),
+        "num_unknown_loops": tally.num_unknown_loops,
+        "roofline": times,
+        "roofline_seconds": slowest,
+        "roofline_mfu": model_flops and model_flops / (slowest * topology.chip.peak_flops),
+        "compile_seconds": seconds,
+    }
+
+
+def roofline(tally: Tally, topology: Topology) -> dict[str, float]:
+    """Seconds that each resource of a chip needs by itself, everything else being free and perfectly overlapped."""
+    chip = topology.chip
+    sent = sum(collective.num_bytes for collective in tally.collectives)
+    return {
+        "arithmetic": tally.mxu_flops / chip.peak_flops,
+        "memory": tally.memory_bytes / chip.hbm_bandwidth,
+        "interconnect": sent / topology.ici_bandwidth if sent else 0.0,
+    }
+
+
+def by_kind(tally: Tally, is_async: bool | None = None) -> dict[str, float]:
+    """Bytes sent, by "axes/kind"; of those beside other work (True), alone (False), or all (None)."""
+    total = collections.Counter()
+    for collective in tally.collectives:
+        if is_async is None or collective.is_async == is_async:
+            total[f"{collective.axes}/{collective.kind}"] += collective.num_bytes
+    return dict(total.most_common())
+
+
+def describe(title: str, result: Mapping[str, Any], chip_peak: float) -> str:
+    """The result for people."""
+    size = lambda n: f"{n / GB:.2f} GB"  # noqa: E731
+    lines = [
+        f"step         {title}",
+        f"slice        {result['topology']}, {result['num_chips']} chips, mesh {result['mesh']}",
+        f"memory       {size(result['needed_bytes'])} of {size(result['hbm_bytes'])} a chip: "
+        f"{'FITS' if result['fits'] else 'DOES NOT FIT'}",
+    ]
+    if result["hlo_flops"] is None:
+        return "\n".join([*lines, f"compiled     refused after {result['compile_seconds']:.0f} s"])
+    lines[-1] += f" (arguments {size(result['argument_bytes'])}, temporaries {size(result['temp_bytes'])})"
+    flops = f"FLOPs        {result['hlo_flops']:.3e} compiled"
+    if result["model_flops"]:
+        flops += f", {result['model_flops']:.3e} needed, ratio {result['flops_ratio']:.3f}"
+    lines.append(flops)
+    for name, sent in result["collective_bytes"].items():
+        alone = result["collective_bytes_alone"].get(name, 0.0)
+        lines.append(f"sends        {size(sent):>10} {name}, {1 - alone / sent:.0%} beside other work")
+    if result["num_unknown_loops"]:
+        lines.append(f"loops        {result['num_unknown_loops']} depend on data: counted once")
+    times = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in result["roofline"].items())
+    lines.append(f"roofline     {result['roofline_seconds'] * 1e3:.1f} ms a step ({times})")
+    if result["roofline_mfu"] is not None:
+        lines.append(f"MFU          at most {result['roofline_mfu']:.1%} of {chip_peak / 1e12:.0f} TFLOP/s")
+    return "\n".join([*lines, f"compiled     in {result['compile_seconds']:.0f} s"])
+
+
+def default_out(config_name: str, topology: str, step: str) -> Path:
+    return Path("compile_out") / f"{config_name}-{step}-{topology.replace(':', '-')}.json"
+
+
+def main(_) -> None:
+    values = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")
+    config_name = Path(config_flags.get_config_filename(values["config"])).stem
+    config = values.config.to_dict()
+    kind = values.step or config.pop("step", "train")
+    config.pop("step", None)
+    topology = parse_topology(values.topology)
+    out = Path(values.out) if values.out else default_out(config_name, topology.name, kind)
+    devices = topology_devices(topology)
+    if values.search:
+        from launch.search import search  # which builds on this module
+
+        if kind != "train":
+            raise ValueError(f"--search varies training steps; {config_name} describes a {kind} step.")
+        result = search(config, topology, devices, values.search_limit, config_name, print)
+    else:
+        step = BUILDERS[kind](config, devices)
+        result = {"config": config_name, "step": kind} | compile_step(step, topology)
+        print(describe(step.title, result, topology.chip.peak_flops))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    print(f"written      {out}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "what to compile: a file of configs/")
+    flags.DEFINE_string("topology", None, 'the slice, such as "v5e:4x4"', required=True)
+    flags.DEFINE_enum("step", None, STEPS, "which step; by default what the config describes")
+    flags.DEFINE_string("out", None, "JSON file; by default compile_out/CONFIG-STEP-SLICE.json")
+    flags.DEFINE_bool("search", False, "try meshes, remat and micro-batches; rank those that fit")
+    flags.DEFINE_integer("search_limit", 6, "how many candidates --search compiles")
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,494 @@
+"""Reads a compiled program as XLA prints it: FLOPs, bytes from memory, collectives, with every loop's trip count.
+
+XLA's own cost analysis counts a loop's body once, so a scanned model seems as deep as one layer; here a body counts as
+often as it runs. What is counted:
+
+  FLOPs        of dots and convolutions (a TPU's matmuls), two a multiply-add, wherever they sit, fusions included; of
+               kernels that state a cost. Elementwise work is left out.
+  collectives  bytes that one chip sends in a ring algorithm, by kind and by the mesh axes they cross; and whether
+               the transfer runs beside other work (a start/done pair, or fused with matmuls) or alone.
+  memory       bytes that instructions read from and write to the main memory (a fusion: its operands and results; a
+               slice of a stack: the slice). An upper bound: what stays in on-chip memory is left out where the
+               program says so.
+
+A loop whose length the program does not say (one that depends on data) counts once, and `num_unknown_loops` tells. Of
+branches the dearest counts.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+_ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0, "opaque": 0}
+_ITEM_BYTES |= {f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)} | {"c64": 8, "c128": 16}
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_PASSES = {"high": 3, "highest": 6}  # of the matrix unit, which multiplies bfloat16, for one product of float32
+# Instructions that move nothing.
+_FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota",
+    "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done", "slice-done", "while",
+    "conditional", "call", "opt-barrier", "optimization-barrier", "async-update", "send-done", "recv-done",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result. `is_on_chip`: the compiler placed it in a chip's fast memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_on_chip: bool = False
+
+    @property
+    def num_bytes(self) -> float:
+        return _ITEM_BYTES.get(self.dtype, 4) * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `attributes` is the text behind the operands."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    argument: str  # the text between the parentheses
+    attributes: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The word after `name=`."""
+        found = re.search(rf"(?:^|[ ,]){name}=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+    def braces(self, name: str) -> str | None:
+        """The text of `name={...}`, braces balanced."""
+        start = self.attributes.find(f"{name}={{")
+        return None if start < 0 else _balanced(self.attributes, start + len(name) + 1)[1:-1]
+
+    @property
+    def precision(self) -> str:
+        """Of a dot or convolution: "default", "high" or "highest"."""
+        found = re.search(r"operand_precision=\{(\w+)", self.attributes)
+        return found.group(1) if found else "default"
+
+    @functools.cached_property
+    def callees(self) -> tuple[str, ...]:
+        """Computations that run as part of this instruction, those of branches and reductions left out."""
+        if self.opcode in ("all-reduce", "reduce", "reduce-window", "scatter", "sort", "map", "reduce-scatter"):
+            return ()
+        names = [self.attribute(key) for key in ("calls", "to_apply")]
+        return tuple(name for name in names if name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.is_root)
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        return {int(i.argument): i for i in self.instructions.values() if i.opcode == "parameter"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    entry: str
+    computations: Mapping[str, Computation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program with all its runs: bytes sent by a chip, summed over the loop's trips."""
+
+    kind: str
+    axes: str  # mesh axes, such as "fsdp" or "data+fsdp"
+    num_bytes: float
+    num_runs: float
+    is_async: bool
+    source: str  # the operation in the user's code
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Of one chip. `mxu_flops` weighs each product by the bfloat16 passes that its precision takes."""
+
+    flops: float = 0.0
+    mxu_flops: float = 0.0
+    memory_bytes: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    num_unknown_loops: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.flops + other.flops,
+            self.mxu_flops + other.mxu_flops,
+            self.memory_bytes + other.memory_bytes,
+            self.collectives + other.collectives,
+            self.num_unknown_loops + other.num_unknown_loops,
+        )
+
+    def times(self, runs: float) -> "Tally":
+        repeated = tuple(
+            dataclasses.replace(c, num_bytes=c.num_bytes * runs, num_runs=c.num_runs * runs) for c in self.collectives
+        )
+        flops, mxu_flops, memory_bytes = self.flops * runs, self.mxu_flops * runs, self.memory_bytes * runs
+        return Tally(flops, mxu_flops, memory_bytes, repeated, self.num_unknown_loops)
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def _balanced(text: str, start: int) -> str:
+    """The bracketed text that opens at `start`."""
+    closing, depth = {"(": ")", "{": "}"}[text[start]], 0
+    for end in range(start, len(text)):
+        depth += (text[end] == text[start]) - (text[end] == closing)
+        if depth == 0:
+            return text[start : end + 1]
+    raise ValueError(f"unbalanced {text[start]} in the program: {text[start : start + 80]!r}")
+
+
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """All arrays of a result such as "(f32[8,4]{1,0}, s32[])"."""
+    found = _ARRAY.findall(text)
+    return tuple(
+        Array(dtype, tuple(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]", layout)))
+        for dtype, sizes, layout in found
+    )
+
+
+def _parse_instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    shape = _balanced(rest, 0) if rest.startswith("(") else rest[: rest.index(" ")]
+    rest = rest[len(shape) :].lstrip()
+    opcode = rest[: rest.index("(")]
+    argument = _balanced(rest, len(opcode))
+    operands = tuple(re.findall(r"%([\w.\-]+)", argument))
+    attributes = rest[len(opcode) + len(argument) :].lstrip(", ")
+    return Instruction(
+        head.group(2), opcode, parse_arrays(shape), operands, argument[1:-1], attributes, bool(head.group(1))
+    )
+
+
+def parse(text: str) -> Module:
+    """The program that `compiled.as_text()` gives."""
+    computations, entry, name, lines = {}, None, None, {}
+    for line in text.splitlines():
+        opening = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
+        if opening:
+            name, lines = opening.group(2), {}
+            entry = name if opening.group(1) else entry
+        elif line.startswith("}") and name:
+            computations[name], name = Computation(name, lines), None
+        elif name:
+            instruction = _parse_instruction(line)
+            if instruction is not None:
+                lines[instruction.name] = instruction
+    if entry is None:
+        raise ValueError("the text holds no ENTRY computation; give the output of compiled.as_text().")
+    return Module(entry, computations)
+
+
+# -- loops ------------------------------------------------------------------------------------------------------------
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The integer that an instruction always holds, seen through copies."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start"):
+        instruction = computation.instructions[instruction.operands[0]]
+    if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.argument):
+        return int(instruction.argument)
+    return None
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often the body of a `while` runs, where the program tells: stated, or a counter compared with a constant."""
+    stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if stated:
+        return int(stated.group(1))
+    condition = module.computations[loop.attribute("condition")]
+    compare = condition.root
+    if compare.opcode == "fusion":  # the comparison alone, wrapped
+        inner = module.computations[compare.attribute("calls")]
+        operands = [
+            compare.operands[int(i.argument)] if i.opcode == "parameter" else None
+            for i in (inner.instructions[name] for name in inner.root.operands)
+        ]
+        compare = inner.root
+    else:
+        operands = list(compare.operands)
+    if compare.opcode != "compare" or compare.attribute("direction") != "LT" or None in operands:
+        return None
+    start, stop = (_loop_value(computation, loop, condition, name) for name in operands)
+    return None if start is None or stop is None else max(stop - start, 0)
+
+
+def _loop_value(computation: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
+    """What one side of the condition holds before the first trip: a constant, or an entry of the loop's start."""
+    value = _constant(condition, name)
+    element = condition.instructions[name]
+    if value is not None or element.opcode != "get-tuple-element":
+        return value
+    start = computation.instructions[loop.operands[0]]
+    if start.opcode != "tuple":
+        return None
+    return _constant(computation, start.operands[int(element.attribute("index"))])
+
+
+# -- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(text: str | None) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text or "")]
+
+
+def dot_flops(instruction: Instruction, left: Array) -> float:
+    contracted = [left.shape[axis] for axis in _sizes(instruction.braces("lhs_contracting_dims"))]
+    return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
+
+
+def convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
+    """Two a multiply-add that touches no padding: a TPU writes batched matmuls as convolutions full of padding."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    left_labels, right_labels, out_labels = labels.groups()
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.braces("window") or ""))
+    out = instruction.arrays[0].shape
+    flops = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * right.shape[right_labels.index("i")]
+    for k, label in enumerate(sorted(set(left_labels) - {"b", "f"})):
+
+        def field(name: str, default: str, k: int = k) -> list[int]:
+            entries = window.get(name)
+            text = entries.split("x")[k] if entries else default
+            return [int(n) for n in text.split("_")]
+
+        size = right.shape[right_labels.index(label)]
+        (stride,), (pad, *_) = field("stride", "1"), field("pad", "0_0")
+        (left_dilate,), (right_dilate,) = field("lhs_dilate", "1"), field("rhs_dilate", "1")
+        length = left.shape[left_labels.index(label)]
+        position = np.arange(out[out_labels.index(label)])[:, None] * stride + np.arange(size) * right_dilate - pad
+        is_inside = (position >= 0) & (position < (length - 1) * left_dilate + 1) & (position % left_dilate == 0)
+        flops *= int(is_inside.sum())
+    return flops
+
+
+def _kernel_flops(instruction: Instruction) -> float:
+    """What a hand-written kernel says of itself."""
+    stated = re.search(r'"cost_estimate":(\{[^}]*\})', instruction.attributes)
+    return float(json.loads(stated.group(1)).get("flops", 0)) if stated else 0.0
+
+
+# -- collectives ------------------------------------------------------------------------------------------------------
+
+
+def replica_groups(instruction: Instruction, num_devices: int) -> list[list[int]]:
+    """The groups of devices that a collective joins, of every notation XLA prints."""
+    text = instruction.attributes
+    pairs = instruction.braces("source_target_pairs")
+    if pairs is not None:
+        return [_sizes(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs)]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    if named:
+        axes = re.findall(r"'([^']+)'=(\d+)", named.group(1))
+        kept = re.findall(r"'([^']+)'", named.group(2))
+        shape = [int(size) for _, size in axes]
+        order = re.search(r"devices=\[([\d,]+)\]", text)  # where the mesh is a permutation of the devices
+        grid = np.arange(num_devices).reshape(shape) if order is None else np.array(_sizes(order[1])).reshape(shape)
+        names = [name for name, _ in axes]
+        front = [names.index(name) for name in names if name not in kept]
+        back = [names.index(name) for name in kept]
+        return grid.transpose(front + back).reshape(-1, math.prod(shape[axis] for axis in back)).tolist()
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        groups, dims, order = (_sizes(part) for part in iota.groups())
+        grid = np.arange(math.prod(dims)).reshape(dims)
+        return (grid.transpose(order) if order else grid).reshape(groups).tolist()
+    listed = instruction.braces("replica_groups")
+    groups = [_sizes(group) for group in re.findall(r"\{([\d,]+)\}", listed or "")]
+    return groups or [list(range(num_devices))]
+
+
+def crossed_axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> str:
+    """Names of the mesh axes along which the members of a group differ; device i sits at index i of the flat mesh."""
+    coordinates = np.array(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values()))).T
+    crossed = np.zeros(len(mesh), bool)
+    for group in groups:
+        members = coordinates[list(group)]
+        crossed |= (members != members[0]).any(axis=0)
+    return "+".join(name for name, is_crossed in zip(mesh, crossed, strict=True) if is_crossed) or "none"
+
+
+def _sent_bytes(kind: str, in_bytes: float, out_bytes: float, size: int) -> float:
+    """What one of `size` chips sends in a ring."""
+    share = (size - 1) / size
+    if kind == "all-gather":
+        return max(out_bytes, in_bytes) * share
+    if kind == "all-reduce":
+        return 2 * in_bytes * share
+    if kind == "collective-permute":
+        return in_bytes
+    return in_bytes * share
+
+
+# -- the count --------------------------------------------------------------------------------------------------------
+
+
+class _Counter:
+    def __init__(self, module: Module, mesh: Mapping[str, int]):
+        self.module = module
+        self.mesh = mesh
+        self.num_devices = math.prod(mesh.values())
+        self.tally = functools.cache(self._tally)
+        self.seen_channels: set[str] = set()
+
+    def _tally(self, name: str, is_fused: bool = False, is_beside: bool = False) -> Tally:
+        """Everything a computation does, the bodies of its loops multiplied.
+
+        Args:
+          is_fused: it is the inside of a fusion, whose traffic is that of the fusion's own operands.
+          is_beside: its collectives run beside other work.
+        """
+        computation = self.module.computations[name]
+        total = Tally()
+        for instruction in computation.instructions.values():
+            total += self._instruction(computation, instruction, is_fused, is_beside)
+        return total
+
+    def _instruction(self, computation, instruction, is_fused, is_beside) -> Tally:
+        opcode = instruction.opcode
+        operand = lambda i: computation.instructions[instruction.operands[i]].arrays[0]  # noqa: E731
+        if opcode == "while":
+            body = self.tally(instruction.attribute("body"))
+            trips = trip_count(self.module, computation, instruction)
+            return body.times(trips) if trips is not None else body + Tally(num_unknown_loops=1)
+        if opcode == "conditional":
+            names = re.findall(r"%([\w.\-]+)", instruction.braces("branch_computations") or "")
+            names += [n for key in ("true_computation", "false_computation") if (n := instruction.attribute(key))]
+            return max((self.tally(n) for n in names), key=lambda t: (t.flops, t.memory_bytes))
+        flops = 0.0
+        if opcode == "dot":
+            flops = dot_flops(instruction, operand(0))
+        elif opcode == "convolution":
+            flops = convolution_flops(instruction, operand(0), operand(1))
+        elif opcode == "custom-call":
+            flops = _kernel_flops(instruction)
+        passes = _PASSES.get(instruction.precision, 1)
+        total = Tally(flops, flops * passes, collectives=self._collective(computation, instruction, is_beside))
+        if not is_fused and opcode not in _FREE:
+            total += Tally(memory_bytes=self._memory_bytes(computation, instruction))
+        for callee in instruction.callees:
+            carries = opcode == "async-start" or instruction.name.startswith("async-collective")
+            carries |= callee.startswith("async_collective")
+            total += self.tally(callee, opcode != "call", is_beside or carries)
+        return total
+
+    def _collective(self, computation, instruction, is_beside) -> tuple[Collective, ...]:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            return ()
+        channel = instruction.attribute("channel_id")
+        if is_beside and channel is not None:  # one transfer, cut into steps that matmuls carry along
+            if channel in self.seen_channels:
+                return ()
+            self.seen_channels.add(channel)
+        groups = replica_groups(instruction, self.num_devices)
+        size = max(map(len, groups))
+        if size == 1:
+            return ()
+        inputs = [a for name in instruction.operands for a in computation.instructions[name].arrays]
+        in_bytes = sum(array.num_bytes for array in inputs)
+        out_bytes = sum(array.num_bytes for array in instruction.arrays)
+        if instruction.opcode.endswith("-start") and kind != "all-reduce":  # its result names the operands too
+            out_bytes -= in_bytes
+        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        return (
+            Collective(
+                kind, crossed_axes(groups, self.mesh), _sent_bytes(kind, in_bytes, out_bytes, size), 1.0,
+                is_beside or self._has_work_before_done(computation, instruction), source.group(1) if source else "",
+            ),
+        )  # fmt: skip
+
+    def _has_work_before_done(self, computation: Computation, start: Instruction) -> bool:
+        """Whether a start/done pair has a matmul, fusion or loop scheduled between the two."""
+        if not start.opcode.endswith("-start"):
+            return False
+        after = itertools.dropwhile(lambda i: i is not start, computation.instructions.values())
+        between = itertools.takewhile(lambda i: start.name not in i.operands, itertools.islice(after, 1, None))
+        return any(i.opcode in ("fusion", "dot", "convolution", "while", "custom-call", "call") for i in between)
+
+    def _memory_bytes(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.name.startswith("async-collective") or instruction.opcode.endswith("-update"):
+            return 0.0
+        written = sum(a.num_bytes for a in instruction.arrays if not a.is_on_chip)
+        operands = [computation.instructions[name].arrays for name in instruction.operands]
+        if instruction.opcode == "dynamic-slice":
+            return 2 * written
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * sum(a.num_bytes for a in operands[1])
+        if instruction.opcode.endswith("-start"):  # its result names operand and target
+            return sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
+        if instruction.opcode != "fusion":
+            return written + sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
+        inner = self.module.computations[instruction.attribute("calls")]
+        return sum(_read_bytes(inner, k, arrays) for k, arrays in enumerate(operands)) + _written_bytes(inner, written)
+
+
+def _users(computation: Computation, name: str) -> Iterator[Instruction]:
+    """Who uses a value, looking through bitcasts."""
+    for user in computation.instructions.values():
+        if name in user.operands:
+            if user.opcode == "bitcast":
+                yield from _users(computation, user.name)
+            else:
+                yield user
+
+
+def _read_bytes(inner: Computation, number: int, arrays: tuple[Array, ...]) -> float:
+    """What a fusion reads of its operand: a slice where it only slices, nothing where it only overwrites a part."""
+    whole = sum(a.num_bytes for a in arrays if not a.is_on_chip)
+    parameter = inner.parameters.get(number)
+    users = list(_users(inner, parameter.name)) if parameter else []
+    if not whole or not users:
+        return whole
+    if all(user.opcode == "dynamic-slice" for user in users):
+        return min(whole, sum(a.num_bytes for user in users for a in user.arrays))
+    if all(user.opcode == "dynamic-update-slice" for user in users) and len(users) == 1:
+        update = inner.instructions[users[0].operands[1]]
+        return 0.0 if update.name != parameter.name else whole
+    return whole
+
+
+def _written_bytes(inner: Computation, written: float) -> float:
+    """What a fusion writes: the part alone where its result is a stack with one part overwritten."""
+    updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"]
+    for update in updates:
+        whole = sum(a.num_bytes for a in update.arrays)
+        part = sum(a.num_bytes for a in inner.instructions[update.operands[1]].arrays)
+        written -= min(whole - part, written)
+    return written
+
+
+def count(text: str, mesh: Mapping[str, int]) -> Tally:
+    """FLOPs, memory traffic and collectives of one chip in one run of a compiled program.
+
+    Args:
+      text: `compiled.as_text()`.
+      mesh: axis name -> size, in the order of the mesh the program was compiled for.
+    """
+    module = parse(text)
+    return _Counter(module, mesh).tally(module.entry)

@@ -1,0 +1,220 @@
+"""The steps that a TPU is asked about, from abstract shapes: training, decoding, calibration, decomposition.
+
+Each builder returns a `Step`, whose `lower()` traces the very function that the program runs. No weight is allocated.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from a2d_jax import sampling
+from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh
+from a2d_jax.config import ModelConfig
+from a2d_jax.hf_io import abstract_model
+from a2d_jax.sampling import Draws, SamplerConfig
+from a2d_jax.settings import DTypeSettings, MeshSettings, RunConfig
+from a2d_jax.sharding import batch_sharding, make_mesh, param_shardings, partition_spec
+from launch.settings import architecture, forward_flops, train_flops
+from odlri_jax import calibration
+from odlri_jax.decompose import DecomposeConfig, _decompose_stack
+
+
+class Step(NamedTuple):
+    """One program.
+
+    Attributes:
+      title: what it does, for people.
+      mesh: the chips it runs on.
+      lower: traces it.
+      arguments: its arguments as shapes with shardings; None where the program places them itself.
+      model_flops: matmul FLOPs that the method itself needs, over all chips; None where none is defined.
+    """
+
+    title: str
+    mesh: Mesh
+    lower: Callable[[], jax.stages.Lowered]
+    model_flops: float | None
+
+
+def _mesh(config: Mapping[str, Any], devices) -> Mesh:
+    sizes = MeshSettings(**config["mesh"])
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+
+
+def _placed(shapes, shardings):
+    """Shapes that know where they lie."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _placed_state(model: nnx.Module, mesh: Mesh):
+    graphdef, state = nnx.split(model)
+    return graphdef, _placed(state, param_shardings(state, mesh))
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, shape))
+
+
+def _check_batch(what: str, batch_size: int, mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ValueError(
+            f"{what}={batch_size} does not split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices; "
+            f"use a multiple of {ways}."
+        )
+
+
+def _dtypes(config: Mapping[str, Any]):
+    return DTypeSettings(**config["dtypes"]).resolve()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_step(config: Mapping[str, Any], devices) -> Step:
+    """One update of `a2d_jax.train`, on rows of the longest bucket."""
+    run = RunConfig.from_dict(config)
+    model_config = architecture(run.model.checkpoint)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, devices)
+    check_mesh(run, model_config, mesh)
+    shapes = abstract_model(model_config, run.dtypes.resolve(), run.remat)
+    assembly = assemble(run, shapes, mesh, run.num_steps or 1, model_config.mask_id, model_config.eos_id)
+    length = max(run.data.buckets or (run.data.row_length,))
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(mesh):
+            return assembly.update.lower(*abstract_arguments(assembly, run.batch_size, length))
+
+    num_trained = sum(math.prod(x.shape) for x in jax.tree.leaves(assembly.trained))
+    what = "every weight" if run.lora is None else f"LoRA of rank {run.lora.rank}"
+    return Step(
+        f"one update of {what}, {run.batch_size} rows x {length} tokens in {run.grad_accum_steps} parts, "
+        f"remat {run.remat}",
+        mesh,
+        lower,
+        train_flops(model_config, run.lora, num_trained, run.batch_size * length, length),
+    )
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def sample_step(config: Mapping[str, Any], devices) -> Step:
+    """One forward pass and reveal of `a2d_jax.generate`; the loop around it depends on data, so it counts once."""
+    model_config, mesh = architecture(config["model"]["checkpoint"]), _mesh(config, devices)
+    check_heads(model_config, mesh)
+    batch_size, sampler = config["batch_size"], SamplerConfig(**config["sampler"]).resolve(model_config.family)
+    _check_batch("config.batch_size", batch_size, mesh)
+    num_blocks = sampler.num_blocks(model_config.family)
+    length = config["prompt_length"] + sampler.gen_length
+    graphdef, state = _placed_state(abstract_model(model_config, _dtypes(config)), mesh)
+
+    def lower() -> jax.stages.Lowered:
+        tokens = _rows(mesh, (batch_size, length), jnp.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        mask = _rows(mesh, (batch_size, length), bool)
+        with jax.set_mesh(mesh):
+            return sampling._denoise.lower(
+                graphdef, state, tokens, tokens, mask, key, Draws(), config=sampler, num_blocks=num_blocks
+            )
+
+    passes = 2 if sampler.cfg_scale else 1
+    return Step(
+        f"one decoding step of {batch_size} rows x {length} tokens, {config['dtypes']['param']}",
+        mesh,
+        lower,
+        passes * sum(forward_flops(model_config, batch_size * length, length)),
+    )
+
+
+# -- compression ------------------------------------------------------------------------------------------------------
+
+
+def calibrate_step(config: Mapping[str, Any], devices) -> Step:
+    """The sums of one layer for one batch in `odlri_jax.calibrate`, all layers of the model being in memory."""
+    model_config, mesh = architecture(config["model"]["checkpoint"]), _mesh(config, devices)
+    check_heads(model_config, mesh)
+    sizes, dtypes = config["calibrate"], _dtypes(config)
+    shape = (sizes["batch_size"], sizes["length"])
+    _check_batch("config.calibrate.batch_size", shape[0], mesh)
+    model = abstract_model(model_config, dtypes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def lower() -> jax.stages.Lowered:
+        _, state = _placed_state(model, mesh)
+        block_def, (_, is_sliding) = model.layer_stack()
+        _, context = jax.eval_shape(lambda t, m: model.enter(t, m), *(_rows(mesh, shape, d) for d in (jnp.int32, bool)))
+        context = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), context)
+
+        def zeros(n: int) -> jax.ShapeDtypeStruct:
+            spec = partition_spec(calibration._ROWS, (n, n), mesh)
+            return jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, spec))
+
+        sums = {name: zeros(n) for name, n in calibration.input_widths(model_config).items()}
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        x = _rows(mesh, (*shape, model_config.width), dtypes.compute)
+        with jax.set_mesh(mesh):
+            return calibration._observe_layer.lower(
+                block_def, (state["blocks"], is_sliding), index, x, context, _rows(mesh, shape, bool),
+                calibration.Moments(sums, dict(sums)),
+            )  # fmt: skip
+
+    num_tokens = math.prod(shape)
+    weights, attention = forward_flops(model_config, num_tokens, shape[1])
+    layer = weights - 2.0 * num_tokens * model_config.width * model_config.vocab_size + attention
+    products = sum(2.0 * num_tokens * n * n for n in calibration.input_widths(model_config).values())
+    return Step(
+        f"second moments of one layer from {shape[0]} windows x {shape[1]} tokens",
+        mesh,
+        lower,
+        layer / model_config.num_layers + products,
+    )
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(m, n) of each linear layer in a block."""
+    d, f = config.width, config.mlp_dim
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (heads, d), "k_proj": (kv_heads, d), "v_proj": (kv_heads, d), "o_proj": (d, heads),
+        "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f),
+    }  # fmt: skip
+
+
+def decompose_step(config: Mapping[str, Any], devices, shape: tuple[int, int] | None = None) -> Step:
+    """One matrix a chip in `odlri_jax.compress`, of the given shape or of the one that costs most."""
+    model_config = architecture(config["model"]["checkpoint"])
+    mesh = make_mesh(-1, 1, 1, devices)
+    settings = DecomposeConfig(**config["decompose"])
+    m, n = shape or max(matrix_shapes(model_config).values(), key=lambda s: s[0] * s[1] * s[1])
+
+    def lower() -> jax.stages.Lowered:
+        split = functools.partial(NamedSharding, mesh)
+        stack = split(PartitionSpec(mesh.axis_names))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        with jax.set_mesh(mesh):
+            return _decompose_stack.lower(
+                jax.ShapeDtypeStruct((mesh.size, m, n), jnp.float32, sharding=stack),
+                jax.ShapeDtypeStruct((mesh.size, n, n), jnp.float32, sharding=stack),
+                jax.ShapeDtypeStruct((mesh.size,), key.dtype, sharding=stack),
+                settings,
+                mesh,
+            )
+
+    return Step(
+        f"decomposition of {mesh.size} matrices {m} x {n}, one a chip; rank {settings.rank}, {settings.q_bits} bits, "
+        f"{settings.outer_iters} alternations, start {settings.init}",
+        mesh,
+        lower,
+        None,
+    )
+
+
+BUILDERS = {"train": train_step, "sample": sample_step, "calibrate": calibrate_step, "decompose": decompose_step}
