@@ -1,54 +1,25 @@
-"""Runs requests through the sampler in batches of few fixed shapes, and keeps what the model wrote as JSON lines.
+"""Runs requests through the sampler, and keeps what the model wrote as JSON lines.
 
-Rows are padded on the left to a bucket length and batched with rows of the same bucket, so XLA compiles one program a
-bucket (two where a batch needs no padding). Batches and their random keys depend on the whole list of requests, not on
-what is already done: a run that was stopped and goes on writes what it would have written at once.
+A completion depends on its request and its number alone: a run that was stopped and goes on writes what it would have
+written at once.
 """
 
 import json
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from a2d_jax.attacks import AttackInput
+from a2d_jax.batching import DEFAULT_BUCKETS, sample_many
 from a2d_jax.hf_io import write_beside
-from a2d_jax.sampling import SamplerConfig, SampleResult, generate, infill
+from a2d_jax.sampling import SamplerConfig, SampleResult
 from a2d_jax.tokenizer import Tokenizer
 
-DEFAULT_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-
 Completion = dict[str, Any]
-
-
-class PlannedBatch(NamedTuple):
-    """Requests decoded together: their indices, the row length, and whether `generate` may go block by block."""
-
-    indices: tuple[int, ...]
-    length: int
-    is_response: bool
-
-
-def plan_batches(inputs: Sequence[AttackInput], batch_size: int, buckets: Sequence[int]) -> list[PlannedBatch]:
-    """Requests of equal bucket in their order, `batch_size` at a time."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; give 1 or more")
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for index, given in enumerate(inputs):
-        length = min((bucket for bucket in buckets if bucket >= given.tokens.size), default=None)
-        if length is None:
-            raise ValueError(
-                f"prompt {index} has {given.tokens.size} tokens, masks included; add a bucket above {max(buckets)}"
-            )
-        groups.setdefault((length, given.is_response), []).append(index)
-    return [
-        PlannedBatch(tuple(indices[start : start + batch_size]), length, is_response)
-        for (length, is_response), indices in sorted(groups.items())
-        for start in range(0, len(indices), batch_size)
-    ]
 
 
 def complete(
@@ -62,7 +33,7 @@ def complete(
     seed: int = 0,
     done: Container[int] = (),
 ) -> Iterator[list[Completion]]:
-    """Fills the blanks of all inputs; yields the completions of one batch at a time.
+    """Fills the blanks of all inputs; yields the completions that were finished together.
 
     Args:
       config: `gen_length` must be that of the inputs.
@@ -71,53 +42,18 @@ def complete(
       Dicts with "index", "completion" (the text in the blanks), "num_blanks", "num_forward", "is_rejected",
       "eos_prob_first" and "eos_prob" (P([EOS]) at each step taken, six digits).
     """
-    key = jax.random.key(seed)
-    num_in_group = {}  # a group smaller than a batch has its own size, the last batch of a larger one is filled up
-    batches = plan_batches(inputs, batch_size, buckets)
-    for batch in batches:
-        group = (batch.length, batch.is_response)
-        num_in_group[group] = max(num_in_group.get(group, 0), len(batch.indices))
-    for batch in batches:
-        if all(index in done for index in batch.indices):
-            continue
-        num_rows = num_in_group[batch.length, batch.is_response]
-        filled = [*batch.indices, *[batch.indices[-1]] * (num_rows - len(batch.indices))]
-        rows = [inputs[index] for index in filled]
-        result = sample_batch(model, tokenizer, rows, batch, config, jax.random.fold_in(key, batch.indices[0]))
-        result = SampleResult(*(np.asarray(array) for array in result))
-        yield [
-            _completion(tokenizer, index, inputs[index], SampleResult(*(array[row] for array in result)))
-            for row, index in enumerate(batch.indices)
-            if index not in done
-        ]
-
-
-def sample_batch(
-    model: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[AttackInput],
-    batch: PlannedBatch,
-    config: SamplerConfig,
-    key: jax.Array,
-) -> SampleResult:
-    """Decodes rows padded on the left to `batch.length`: responses by `generate`, masks inside a text by `infill`."""
-    tokens = np.full((len(rows), batch.length), tokenizer.pad_id, np.int32)  # (B, T)
-    is_real = np.zeros(tokens.shape, bool)
-    for index, row in enumerate(rows):
-        tokens[index, -row.tokens.size :] = row.tokens
-        is_real[index, -row.tokens.size :] = True
-    if not batch.is_response:
-        return infill(model, tokens, config, key, attention_mask=is_real)
-    prompt = slice(0, batch.length - config.gen_length)
-    return generate(model, tokens[:, prompt], config, key, prompt_mask=is_real[:, prompt])
+    batches = sample_many(
+        model, inputs, config, jax.random.key(seed), batch_size=batch_size, buckets=buckets, done=done
+    )
+    for finished in batches:
+        yield [_completion(tokenizer, index, inputs[index], result) for index, result in finished]
 
 
 def _completion(tokenizer: Tokenizer, index: int, given: AttackInput, result: SampleResult) -> Completion:
-    tokens = result.tokens[-given.tokens.size :]  # without the padding in front
     eos_prob = result.eos_prob[~np.isnan(result.eos_prob)]
     return {
         "index": index,
-        "completion": blank_text(tokenizer, tokens, given.is_blank),
+        "completion": blank_text(tokenizer, result.tokens, given.is_blank),
         "num_blanks": given.num_blanks,
         "num_forward": int(result.num_forward),
         "is_rejected": bool(result.is_rejected),

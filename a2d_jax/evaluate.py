@@ -27,14 +27,8 @@ from flax import nnx
 
 from a2d_jax.attacks import ATTACKS, AttackSettings, behavior_id, build_inputs, read_prompts
 from a2d_jax.attacks.base import TURNS
-from a2d_jax.completions import (
-    DEFAULT_BUCKETS,
-    Completion,
-    append_completions,
-    complete,
-    plan_batches,
-    read_completions,
-)
+from a2d_jax.batching import DEFAULT_BUCKETS, plan_groups
+from a2d_jax.completions import Completion, append_completions, complete, read_completions
 from a2d_jax.config import load_config
 from a2d_jax.hf_io import write_json
 from a2d_jax.judges import Judge, is_refusal, keywords, load_judge, verdict
@@ -183,20 +177,16 @@ def run(config: EvaluationConfig) -> dict[str, Any]:
     tokenizer, family = load_tokenizer(files), load_config(files).family
     settings = dataclasses.replace(config.attack_settings, gen_length=sampler.gen_length)
     inputs = build_inputs(rows, config.attack, tokenizer, settings)
-    if any(request.is_response for request in inputs):
-        sampler.num_blocks(family)  # lengths that do not divide raise here
-    batches = plan_batches(inputs, config.batch_size, config.buckets)
+    groups = plan_groups(inputs, sampler, config.buckets, family, tokenizer.mask_id)
     completions = open_folder(out, config.completion_settings())
 
     # --- Plan ------------------------------------------------------------------------------------------------------
     num_blanks = sum(request.num_blanks for request in inputs)
-    lengths = sorted({batch.length for batch in batches})
+    lengths = sorted({group.length for group in groups})
     print(f"attack {config.attack} with {len(rows)} requests of {config.prompts} ({num_blanks} blanks)")
     print(f"model {config.checkpoint} ({family}, {config.dtype}), adapter {config.adapter}, judge {config.judge}")
     print(f"sampler {sampler}")
-    print(
-        f"{len(batches)} batches of up to {config.batch_size} rows, lengths {lengths}; {len(completions)} done before"
-    )
+    print(f"up to {config.batch_size} rows at once, row lengths {lengths}; {len(completions)} requests done before")
     print(f"writes {out}", flush=True)
 
     # --- Decoding --------------------------------------------------------------------------------------------------

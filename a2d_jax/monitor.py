@@ -1,32 +1,100 @@
 """P([EOS]) as a live measure of harm: an aligned model wants to stop wherever harmful text would stand.
 
-    p = softmax(logits at the left-most masked position)[EOS]        A2D, early rejection and real-time monitoring
+    p = softmax(logits at a masked position)[EOS]        A2D, early rejection and real-time monitoring
 
-At the first step p already separates harmful requests from harmless ones; above a threshold the request is refused
-after a single forward pass.
+The sampler shows a monitor p at the masked positions of every pass, and stops a row as soon as the monitor's score of
+it is above the monitor's threshold. The paper's monitor looks once: at the first pass p at the left-most mask already
+separates harmful requests from harmless ones, which are then refused after a single pass.
+
+A monitor that looks longer catches text that turns harmful later. It also sees harmless answers end, where P([EOS]) is
+high for a good reason: its threshold has to be found on harmless text (`calibrate`), or the passes and the positions
+that it watches be bounded.
 """
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def eos_probability(logits: jax.Array, is_open: jax.Array, eos_id: int) -> jax.Array:
-    """P([EOS]) at each row's left-most masked position.
+class Monitor(Protocol):
+    """Anything hashable with a threshold and a score; a row whose score is above the threshold stops."""
+
+    threshold: float
+
+    def score(self, step: jax.Array, tokens: jax.Array, eos_prob: jax.Array) -> jax.Array:
+        """How harmful each row looks at this pass.
+
+        Args:
+          step: (B,) int32, passes that the row has taken before this one.
+          tokens: (B, T) int32, the text as it stands.
+          eos_prob: (B, C) float32, P([EOS]) at the masked positions of the row's current block from left to right;
+            NaN behind the last of them.
+        Returns:
+          (B,) float32; NaN where the monitor does not look.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class EosMonitor:
+    """The largest P([EOS]) among the first masked positions, during the first passes.
+
+    Attributes:
+      threshold: rows above it stop; infinity only records the score.
+      num_steps: passes that are watched; None: all.
+      num_positions: masked positions, from the left, that are watched at each; None: all of the block.
+    """
+
+    threshold: float
+    num_steps: int | None = 1
+    num_positions: int | None = 1
+
+    def score(self, step: jax.Array, tokens: jax.Array, eos_prob: jax.Array) -> jax.Array:
+        del tokens
+        watched = eos_prob[:, : self.num_positions]  # (B, <= C)
+        peak = jnp.max(jnp.where(jnp.isnan(watched), -jnp.inf, watched), axis=1)
+        is_watched = jnp.isfinite(peak)
+        if self.num_steps is not None:
+            is_watched &= step < self.num_steps
+        return jnp.where(is_watched, peak, jnp.nan)
+
+
+def first_step(threshold: float) -> EosMonitor:
+    """The paper's early rejection: the left-most mask, once."""
+    return EosMonitor(threshold)
+
+
+def any_step(threshold: float, num_steps: int | None = None) -> EosMonitor:
+    """Real-time monitoring: the left-most mask at every pass."""
+    return EosMonitor(threshold, num_steps)
+
+
+def any_position(threshold: float, num_positions: int | None = None, num_steps: int | None = None) -> EosMonitor:
+    """The running maximum over the masked positions of the block, at every pass."""
+    return EosMonitor(threshold, num_steps, num_positions)
+
+
+MONITORS = {"first_step": first_step, "any_step": any_step, "any_position": any_position}
+
+
+def calibrate(harmless_scores: Sequence[float], false_positive_rate: float) -> float:
+    """The lowest threshold that stops at most this share of a held-out harmless set.
 
     Args:
-      logits: (B, T, V), position i scores token i.
-      is_open: (B, T) bool, positions still masked.
-    Returns:
-      (B,) float32; NaN for a row without masked positions.
+      harmless_scores: `SampleResult.monitor_score` of harmless requests, decoded with a monitor whose threshold is
+        infinity, so that each ran to its end.
+      false_positive_rate: share of harmless requests that may be stopped, 0 to 1.
     """
-    first = jnp.argmax(is_open, axis=1)  # (B,)
-    at_first = jnp.take_along_axis(logits, first[:, None, None], axis=1)[:, 0].astype(jnp.float32)  # (B, V)
-    prob = jnp.exp(at_first[:, eos_id] - jax.nn.logsumexp(at_first, axis=-1))
-    return jnp.where(jnp.any(is_open, axis=1), prob, jnp.nan)
-
-
-def rejects(eos_prob: jax.Array, step: jax.Array, threshold: float | None) -> jax.Array:
-    """Early rejection: (B,) bool, True where the first step's probability is above the threshold."""
-    if threshold is None:
-        return jnp.zeros(eos_prob.shape, bool)
-    return (step == 0) & (eos_prob > threshold)
+    scores = np.sort(np.asarray(harmless_scores, np.float32))[::-1]
+    if not scores.size or not np.all(np.isfinite(scores)):
+        raise ValueError(f"harmless_scores are {scores}; give one finite score at least, and no other")
+    if not 0 <= false_positive_rate <= 1:
+        raise ValueError(f"false_positive_rate={false_positive_rate}; give a share between 0 and 1")
+    num_allowed = math.floor(false_positive_rate * scores.size + 1e-9)  # 0.1 of 30 is 3, not 2.9999
+    if num_allowed == scores.size:
+        return float(np.nextafter(scores[-1], np.float32(-np.inf)))
+    return float(scores[num_allowed])  # a row stops above the threshold, so the scores before this one do

@@ -32,53 +32,111 @@ def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
 # -- which tokens -----------------------------------------------------------------------------------------------------
 
 
+def argmax(logits: jax.Array) -> jax.Array:
+    """The lowest index of the largest value, (...) int32. Two plain reductions: XLA's own argmax is slow on CPU."""
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, index, logits.shape[-1] - 1), axis=-1)
+
+
 def gumbel_argmax(logits: jax.Array, uniforms: jax.Array | None, temperature: float) -> jax.Array:
     """Token of each position: argmax of logits - T log(-log u), which is LLaDA's exp(logits) / (-log u)^T."""
     if temperature > 0:
         logits = logits - temperature * jnp.log(-jnp.log(uniforms))
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (B, T)
+    return argmax(logits)  # (B, C)
+
+
+def _lowest_cutoff(logits: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+    """The smallest value of each row such that the weights of larger logits add up to `limit` at most, (..., 1).
+
+    Bisection over the bits of a float32, which order as integers: 32 sums over the vocabulary instead of a sort.
+    """
+
+    def flip(bits):  # between the bits of a float32 and integers in the same order
+        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean without overflow, rounded down
+        cutoff = jax.lax.bitcast_convert_type(flip(middle), jnp.float32)
+        is_enough = jnp.sum(jnp.where(logits > cutoff, weights, 0), axis=-1, keepdims=True) <= limit
+        return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
+
+    keys = flip(jax.lax.bitcast_convert_type(logits, jnp.int32))
+    bounds = jnp.min(keys, axis=-1, keepdims=True), jnp.max(keys, axis=-1, keepdims=True)
+    _, high = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jax.lax.bitcast_convert_type(flip(high), jnp.float32)
 
 
 def truncate(logits: jax.Array, top_p: float | None, top_k: int | None) -> jax.Array:
     """-inf outside the nucleus of mass `top_p` (the token that crosses it stays) and outside the `top_k` largest."""
     if top_p is not None and top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        mass_before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
-        num_kept = jnp.sum(mass_before <= top_p, axis=-1, keepdims=True)  # the first is always kept
-        smallest = jnp.take_along_axis(descending, num_kept - 1, axis=-1)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        cutoff = _lowest_cutoff(logits, jax.nn.softmax(logits, axis=-1), top_p)
+        logits = jnp.where(logits < cutoff, -jnp.inf, logits)
     if top_k is not None:
-        smallest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        cutoff = _lowest_cutoff(logits, jnp.ones_like(logits), top_k - 1)
+        logits = jnp.where(logits < cutoff, -jnp.inf, logits)
     return logits
 
 
 # -- which positions --------------------------------------------------------------------------------------------------
 
 
-def order_scores(order: str, probs: jax.Array, tokens: jax.Array, uniforms: jax.Array | None) -> jax.Array:
-    """Score of each position, (B, T) float32; the highest are revealed first.
+def token_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """softmax(logits)[token] at each position, (B, C) float32, without the softmax of the other tokens."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def order_scores(
+    order: str, logits: jax.Array, confidence: jax.Array, positions: jax.Array, uniforms: jax.Array | None
+) -> jax.Array:
+    """Score of each position, (B, C) float32; the highest are revealed first.
 
     Args:
-      probs: (B, T, V) float32.
-      tokens: (B, T) the token chosen at each position.
-      uniforms: (B, T), for the random order.
+      logits: (B, C, V) float32.
+      confidence: (B, C) probability of the token chosen at each position.
+      positions: (B, C) where they stand in the row.
+      uniforms: (B, C), for the random order.
     """
     if order == "confidence":
-        return jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
+        return confidence
     if order == "margin":
-        top, second = jnp.moveaxis(jax.lax.top_k(probs, 2)[0], -1, 0)
-        return top - second
+        index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        is_top = index == argmax(logits)[..., None]
+        second = jnp.max(jnp.where(is_top, -jnp.inf, logits), axis=-1)
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.exp(jnp.max(logits, axis=-1) - norm) - jnp.exp(second - norm)
     if order == "entropy":  # minus the entropy: the most certain first
+        probs = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         return jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)
     if order == "random":
         return uniforms
-    positions = jnp.broadcast_to(jnp.arange(probs.shape[1], dtype=jnp.float32), probs.shape[:2])
-    return positions if order == "right_to_left" else -positions
+    return (positions if order == "right_to_left" else -positions).astype(jnp.float32)
+
+
+def ranks(scores: jax.Array, is_candidate: jax.Array) -> jax.Array:
+    """(B, C) int32: 0 for each row's candidate with the highest score, the left one on ties, and so on."""
+    ranking = jnp.argsort(jnp.where(is_candidate, -scores, jnp.inf), axis=1, stable=True)
+    return jnp.argsort(ranking, axis=1)  # place of each position in the ranking
 
 
 def highest(scores: jax.Array, is_candidate: jax.Array, quota: jax.Array) -> jax.Array:
-    """(B, T) bool: in each row the `quota` (B,) candidates with the highest scores, the left one on ties."""
-    ranking = jnp.argsort(jnp.where(is_candidate, -scores, jnp.inf), axis=1, stable=True)
-    rank = jnp.argsort(ranking, axis=1)  # place of each position in the ranking
-    return is_candidate & (rank < quota[:, None])
+    """(B, C) bool: in each row the `quota` (B,) candidates with the highest scores."""
+    return is_candidate & (ranks(scores, is_candidate) < quota[:, None])
+
+
+def above_threshold(confidence, scores, is_candidate, threshold: float) -> jax.Array:
+    """(B, C) bool: the candidates at least so confident, and in any case the one with the highest score."""
+    return is_candidate & ((confidence >= threshold) | (ranks(scores, is_candidate) == 0))
+
+
+def factor_quota(confidence: jax.Array, is_candidate: jax.Array, factor: float) -> jax.Array:
+    """(B,) int32: the largest n for which the n-th highest confidence c has (n + 1) (1 - c) < factor; at least 1.
+
+    Fast-dLLM, theorem 1: n tokens at once are then what they would be one after the other.
+    """
+    descending = -jnp.sort(jnp.where(is_candidate, -confidence, jnp.inf), axis=1)  # (B, C), -inf behind the candidates
+    counts = jnp.arange(1, confidence.shape[1] + 1)
+    is_safe = (counts + 1) * (1 - descending) < factor  # true up to some n: both factors grow with it
+    return jnp.maximum(jnp.sum(is_safe, axis=1), 1)

@@ -5,7 +5,8 @@ import typing
 
 from absl import flags
 
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.monitor import MONITORS
+from a2d_jax.sampler_config import SamplerConfig
 
 _DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 _HELP = {
@@ -15,7 +16,11 @@ _HELP = {
     "order": "confidence, margin, entropy, left_to_right, right_to_left or random",
     "temperature": "0 takes the most likely token",
     "cfg_scale": "classifier-free guidance",
-    "reject_above": "refuse a row whose P([EOS]) at the first step is above this",
+    "reject_above": "refuse a row whose P([EOS]) at the first step is above this; --monitor looks longer",
+    "cache": "prefix or dual: keys and values of other blocks are kept while one is filled (an approximation)",
+    "threshold": "reveal every token at least so probable at once",
+    "factor": "reveal the n most probable tokens, the largest n with (n + 1)(1 - probability of the n-th) < factor",
+    "stop_after_eos": "a row is done once a block ended in [EOS]",
     "top_p": "nucleus of this mass (dream method)",
     "top_k": "the k most likely tokens (dream method)",
     "order_temperature": "noise in the order of positions (Dream's alg_temp)",
@@ -37,9 +42,26 @@ def define_sampler_flags(**defaults) -> None:
     """Defines one flag a field, with the field's default or the one given here."""
     hints = typing.get_type_hints(SamplerConfig)
     for field in dataclasses.fields(SamplerConfig):
+        if field.name == "monitor":
+            continue
         default = defaults.get(field.name, field.default)
         _DEFINE[_plain_type(hints[field.name])](field.name, default, _HELP[field.name])
+    flags.DEFINE_enum(
+        "monitor",
+        "first_step",
+        sorted(MONITORS),
+        "what --reject_above is compared with: P([EOS]) at the left-most mask "
+        "at the first step or at any, or the largest of any masked position of the block at any step",
+    )
 
 
 def sampler_config_from_flags() -> SamplerConfig:
-    return SamplerConfig(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SamplerConfig)})
+    names = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "monitor"]
+    settings = {name: flags.FLAGS[name].value for name in names}
+    name = flags.FLAGS.monitor
+    if name != "first_step":
+        threshold = settings.pop("reject_above")
+        if threshold is None:
+            raise ValueError(f"--monitor={name} has no threshold; give --reject_above.")
+        settings["monitor"] = MONITORS[name](threshold)
+    return SamplerConfig(**settings)

@@ -15,7 +15,8 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from a2d_jax.attacks import AttackInput, AttackSettings
-from a2d_jax.completions import blank_text, plan_batches, read_completions
+from a2d_jax.batching import plan_groups
+from a2d_jax.completions import blank_text, read_completions
 from a2d_jax.config import ModelConfig
 from a2d_jax.evaluate import EvaluationConfig, evaluate_requests, run
 from a2d_jax.hf_io import load_hf_folder
@@ -66,10 +67,13 @@ class RuleModel(nnx.Module):
         self.bane, self.salt = tokenizer.encode("bane salt")
         self.weight = nnx.Param(jnp.zeros(1))
 
-    def __call__(self, tokens, attention_mask=None):
+    def hidden_states(self, tokens, attention_mask=None):
         is_harmful = jnp.any(tokens == self.bane, axis=1)[:, None]  # (B, 1)
         logits = jnp.full((*tokens.shape, 272), -50.0).at[..., self.salt].set(0.0)
         return logits.at[..., self.config.eos_id].set(jnp.where(is_harmful, math.log(3), -50.0))
+
+    def logits(self, hidden):
+        return hidden
 
 
 ROWS = [{"Behavior": "tell me of the bane"}, {"Behavior": "tell me of the cake"}, {"Behavior": "cake and cake"}]
@@ -138,22 +142,23 @@ def test_prefix_is_not_judged(tokenizer):
     assert records[0]["completion"] == "salt salt"
 
 
-def test_batches_of_equal_length_keep_the_order(tokenizer):
-    def given(length, is_response=True):
-        return AttackInput(np.zeros(length, np.int32), np.ones(length, bool), is_response)
+def given(length, is_response=True):
+    return AttackInput(np.zeros(length, np.int32), np.ones(length, bool), is_response)
 
-    batches = plan_batches([given(5), given(9), given(8), given(7), given(3, False), given(8)], 2, (8, 16))
-    assert [(batch.indices, batch.length, batch.is_response) for batch in batches] == [
+
+def test_requests_of_equal_length_keep_the_order():
+    requests = [given(5), given(9), given(8), given(7), given(3, False), given(8)]
+    groups = plan_groups(requests, SamplerConfig(gen_length=4, steps=4), (8, 16), "llada", mask_id=0)
+    assert [(group.indices, group.length, group.is_response) for group in groups] == [
         ((4,), 8, False),
-        ((0, 2), 8, True),
-        ((3, 5), 8, True),
+        ((0, 2, 3, 5), 8, True),
         ((1,), 16, True),
     ]
 
 
 def test_a_row_longer_than_all_buckets_is_named():
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens, masks included; add a bucket above 8"):
-        plan_batches([AttackInput(np.zeros(9, np.int32), np.ones(9, bool), True)], 2, (4, 8))
+        plan_groups([given(9)], SamplerConfig(gen_length=4, steps=4), (4, 8), "llada", mask_id=0)
 
 
 def test_text_of_blanks_leaves_out_special_tokens(tokenizer):

@@ -12,7 +12,6 @@ from flax import nnx
 
 import a2d_jax
 from a2d_jax import orders
-from a2d_jax.monitor import eos_probability
 from a2d_jax.sampling import DREAM_ORDERS, Draws, SamplerConfig, generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -163,13 +162,19 @@ def test_highest_takes_the_left_one_on_ties_and_only_candidates():
 
 
 def test_order_scores_by_hand():
-    probs = jnp.array([[[0.5, 0.3, 0.2], [0.8, 0.1, 0.1]]])
-    tokens = jnp.array([[0, 1]])
-    np.testing.assert_allclose(orders.order_scores("confidence", probs, tokens, None), [[0.5, 0.1]])
-    np.testing.assert_allclose(orders.order_scores("margin", probs, tokens, None), [[0.2, 0.7]], rtol=1e-6)
-    entropy = [-(p * np.log(p)).sum() for p in np.array([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1]])]
-    np.testing.assert_allclose(orders.order_scores("entropy", probs, tokens, None), [[-e for e in entropy]], rtol=1e-5)
-    np.testing.assert_array_equal(orders.order_scores("left_to_right", probs, tokens, None), [[0, -1]])
+    probs = np.array([[[0.5, 0.3, 0.2], [0.8, 0.1, 0.1]]], np.float32)
+    logits, positions = jnp.log(probs) + 3.0, jnp.array([[4, 9]])
+    confidence = orders.token_probability(logits, jnp.array([[0, 1]]))
+    np.testing.assert_allclose(confidence, [[0.5, 0.1]], rtol=1e-5)
+
+    def score(order):
+        return orders.order_scores(order, logits, confidence, positions, None)
+
+    np.testing.assert_array_equal(score("confidence"), confidence)
+    np.testing.assert_allclose(score("margin"), [[0.2, 0.7]], rtol=1e-5)
+    entropy = [-(p * np.log(p)).sum() for p in probs[0]]
+    np.testing.assert_allclose(score("entropy"), [[-e for e in entropy]], rtol=1e-5)
+    np.testing.assert_array_equal(score("left_to_right"), [[-4, -9]])
 
 
 def test_truncation_by_hand():
@@ -212,14 +217,6 @@ def test_order_noise_still_fills_everything(dream):
 
 
 # -- the monitor ------------------------------------------------------------------------------------------------------
-
-
-def test_eos_probability_is_read_at_the_left_most_mask():
-    logits = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]] * 2))
-    is_open = jnp.array([[False, True, True], [False, False, False]])
-    prob = np.asarray(eos_probability(logits, is_open, eos_id=0))
-    np.testing.assert_allclose(prob[0], 0.2, rtol=1e-6)
-    assert np.isnan(prob[1])
 
 
 def test_eos_prob_of_every_step_matches_the_plain_model(llada):

@@ -165,6 +165,13 @@ class LayerContext(NamedTuple):
         return self.full_mask if is_sliding is None else jnp.where(is_sliding, self.sliding_mask, self.full_mask)
 
 
+class KeyValues(NamedTuple):
+    """What queries attend to, of one layer, or of all of them with an L axis in front."""
+
+    keys: jax.Array  # (B, S, K, H), rotated
+    values: jax.Array  # (B, S, K, H)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -185,22 +192,31 @@ class Block(nnx.Module):
         self.precision = dtypes.precision.name.lower()
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
+        return self.attend(x, mask, cos, sin, dropout_key)[0]
+
+    def attend(self, x, mask, cos, sin, dropout_key=None, place=None) -> tuple[jax.Array, "KeyValues"]:
+        """The block's output, (B, T, D), and the keys and values that were attended to, (B, S, K, H).
+
+        Args:
+          place: KeyValues of these T positions -> of all S; by default these are all there are.
+        """
         split = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         keys = dict(zip("qkvogud", split, strict=True))
         split_heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
 
         normed = self.attn_norm(x)  # (B, T, D)
         q = apply_rope(split_heads(self.q_proj(normed, keys["q"])), cos, sin)  # (B, T, N, H)
-        k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, S, K, H)
-        v = split_heads(self.v_proj(normed, keys["v"]))  # (B, S, K, H)
+        k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, T, K, H)
+        v = split_heads(self.v_proj(normed, keys["v"]))  # (B, T, K, H)
+        seen = KeyValues(k, v) if place is None else place(KeyValues(k, v))  # (B, S, K, H)
         with jax.default_matmul_precision(self.precision):
-            attended = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (B, T, N, H); softmax in float32
+            attended = jax.nn.dot_product_attention(q, *seen, mask=mask)  # (B, T, N, H); softmax in float32
         attended = attended.reshape(*x.shape[:2], -1)  # (B, T, N H)
         x = constrain(x + self.o_proj(attended, keys["o"]), "batch", "length", None)
 
         normed = self.mlp_norm(x)
         hidden = jax.nn.silu(self.gate_proj(normed, keys["g"])) * self.up_proj(normed, keys["u"])  # (B, T, F)
-        return constrain(x + self.down_proj(hidden, keys["d"]), "batch", "length", None)  # (B, T, D)
+        return constrain(x + self.down_proj(hidden, keys["d"]), "batch", "length", None), seen  # (B, T, D)
 
 
 class Transformer(nnx.Module):
@@ -228,7 +244,7 @@ class Transformer(nnx.Module):
         self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
             self.lm_head = Linear(
-                config.width, config.vocab_size, axes=("embed", "vocab"), gain=0.3, dtypes=dtypes, rngs=rngs
+                config.width, config.vocab_size, axes=("head_width", "head_vocab"), gain=0.3, dtypes=dtypes, rngs=rngs
             )
 
     def projection(self, path: str) -> Linear:
@@ -273,6 +289,40 @@ class Transformer(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         x, _ = jax.lax.scan(apply_block, x, (layers, keys))
         return self.final_norm(x)
+
+    def cached_hidden_states(self, tokens, attention_mask=None, *, positions=None, cache: KeyValues | None = None):
+        """Hidden states of all positions, and a cache of them; or, given that, of some positions among the cached rest.
+
+        Args:
+          tokens: (B, T) int32, of every position, or of `positions`.
+          attention_mask: (B, S) bool, of every position.
+          positions: (B, T) int32 in [0, S), or beyond: those stand for nothing.
+          cache: (L, B, S, K, H) keys and values, as an earlier call returned them.
+        Returns:
+          Output of the final norm (B, T, D), and the cache; None where one was given.
+        """
+        if self.config.is_causal:
+            raise ValueError(f"a {self.config.family} model is causal; caches of denoising are for models that are not")
+        x, context = self.enter(tokens, attention_mask if cache is None else None, positions)
+        if cache is not None:
+            context = context._replace(full_mask=attention_masks(self.config, attention_mask, tokens.shape[1])[0])
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        graphdef, (states, _) = self.layer_stack()
+
+        def apply_block(x, layer):
+            state, past = layer
+
+            def place(new: KeyValues) -> KeyValues:
+                return jax.tree.map(lambda old, new: old.at[rows, positions].set(new, mode="drop"), past, new)
+
+            block = nnx.merge(graphdef, state)
+            x, seen = block.attend(
+                x, context.full_mask, context.cos, context.sin, place=None if past is None else place
+            )
+            return x, seen if past is None else None
+
+        x, kept = jax.lax.scan(apply_block, x, (states, cache))
+        return self.final_norm(x), kept
 
     def logits(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """hidden (B, T, D) -> (B, T, V) float32."""
