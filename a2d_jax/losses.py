@@ -8,12 +8,16 @@ that any split of it, into micro-batches or over devices, adds up to the same nu
 response position of the row, [EOS] padding up to the batch's longest row included.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from a2d_jax.masking import NoisedBatch
+from a2d_jax.sharding import constrain, num_batch_shards
 
 OBJECTIVES = ("llada", "dream")
+LOGITS_AT_ONCE = 2**25  # float32 logits that training holds for each part of the batch: 128 MB
 
 
 def objective_of(family: str) -> str:
@@ -49,13 +53,79 @@ def align_logits(logits: jax.Array, objective: str) -> jax.Array:
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] in float32: (B, T, V), (B, T) -> (B, T)."""
     logits = logits.astype(jnp.float32)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target_logits
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]  # compared, not gathered: V may be split over chips
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
 def weighted_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, objective: str) -> jax.Array:
     """Sum of weight x CE over all positions; `weights` from `position_weights` of the whole batch."""
     return jnp.sum(weights * cross_entropy(align_logits(logits, objective), targets))
+
+
+def align_targets(targets: jax.Array, weights: jax.Array, objective: str) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights (B, T) of raw logits: what `align_logits` does, from the other side."""
+    if objective == "llada":
+        return targets, weights
+    shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)  # noqa: E731
+    return shift(targets), shift(weights)
+
+
+def scored_losses(
+    logits_of: Callable[[jax.Array, jax.Array | None], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    vocab_size: int,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """weight x CE of every position, without the logits of all positions: (B, T).
+
+    Positions are taken in chunks, those that are scored first, and a chunk without any is skipped; the backward pass
+    computes a chunk's logits again. Each part of the batch that lies on other chips is sorted by itself.
+
+    Args:
+      logits_of: (hidden (G, C, D), key) -> logits (G, C, V).
+      hidden: (B, T, D).
+      targets, weights: (B, T), of the raw logits; weight 0: not scored.
+      key: for the head's dropout.
+    """
+    num_rows, length, width = hidden.shape
+    num_groups = num_batch_shards() if num_rows % num_batch_shards() == 0 else 1
+    num_positions = num_rows * length // num_groups  # P
+    at_once = max(LOGITS_AT_ONCE // vocab_size // 128 * 128, 128)  # C; a multiple of the matrix unit's side
+
+    def chunk_losses(hidden, targets, weights, key):
+        logits = constrain(logits_of(hidden, key), None, None, "head_vocab")  # (G, C, V)
+        return weights * cross_entropy(logits, targets)
+
+    grouped = lambda x: constrain(x.reshape(num_groups, num_positions, *x.shape[2:]), "batch", *(None,) * (x.ndim - 1))  # noqa: E731
+    hidden, targets, weights = grouped(hidden), grouped(targets), grouped(weights)  # (G, P, D), (G, P), (G, P)
+    if num_positions <= at_once:
+        return chunk_losses(hidden, targets, weights, key).reshape(num_rows, length)
+
+    num_chunks = -(-num_positions // at_once)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)  # (G, P)
+    filled = jnp.pad(order, ((0, 0), (0, num_chunks * at_once - num_positions)))
+    is_real = jnp.arange(num_chunks * at_once) < num_positions
+    weights = jnp.take_along_axis(weights, filled, axis=1) * is_real  # (G, chunks C)
+    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (chunks, G, C)  # noqa: E731
+
+    @jax.checkpoint
+    def step(hidden, chunk):
+        positions, weights, index = chunk
+
+        def score():
+            chunk_key = None if key is None else jax.random.fold_in(key, index)
+            taken = jnp.take_along_axis(hidden, positions[..., None], axis=1)  # (G, C, D)
+            return chunk_losses(taken, jnp.take_along_axis(targets, positions, axis=1), weights, chunk_key)
+
+        return jax.lax.cond(jnp.any(weights > 0), score, lambda: jnp.zeros_like(weights))
+
+    _, losses = jax.lax.scan(
+        lambda _, chunk: (None, step(hidden, chunk)), None, (chunks(filled), chunks(weights), jnp.arange(num_chunks))
+    )  # (chunks, G, C)
+    losses = losses.swapaxes(0, 1).reshape(num_groups, -1)
+    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1).reshape(num_rows, length)
 
 
 def a2d_loss(logits: jax.Array, batch: NoisedBatch, objective: str = "llada") -> jax.Array:

@@ -24,6 +24,10 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    # An untied head is cut by vocabulary alone, over all chips that share weights: the loss then gathers a few hidden
+    # states where it would gather the largest matrix of the model.
+    "head_width": None,
+    "head_vocab": ("tensor", "fsdp"),
     "rank": None,
     "rows": ("data", "fsdp", "tensor"),  # of a large matrix that is no weight
 }
@@ -84,6 +88,14 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
+
+
+def num_batch_shards() -> int:
+    """Parts that the mesh in force splits a batch into; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return 1
+    return int(np.prod([mesh.shape[name] for name in RULES["batch"]]))
 
 
 def mesh_of(model: nnx.Module) -> Mesh | None:

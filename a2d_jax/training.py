@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from a2d_jax.losses import align_logits, cross_entropy, position_weights
+from a2d_jax.losses import align_targets, position_weights, scored_losses
 from a2d_jax.masking import corrupt
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.sharding import RULES, param_shardings
@@ -160,8 +160,11 @@ def loss_and_grads(
 
     def loss_of_part(params: Params, part, key) -> tuple[jax.Array, jax.Array]:
         noisy_tokens, targets, part_weights, mask = part  # each (B / parts, T)
-        logits = nnx.merge(graphdef, params, frozen)(noisy_tokens, mask, dropout_key=key)
-        token_loss = part_weights * cross_entropy(align_logits(logits, objective.name), targets)
+        model = nnx.merge(graphdef, params, frozen)
+        body_key, head_key = (None, None) if key is None else jax.random.split(key)
+        hidden = model.hidden_states(noisy_tokens, mask, dropout_key=body_key)  # (B / parts, T, D)
+        targets, part_weights = align_targets(targets, part_weights, objective.name)
+        token_loss = scored_losses(model.logits, hidden, targets, part_weights, model.config.vocab_size, head_key)
         row_loss = jnp.sum(token_loss, axis=1)
         return jnp.sum(row_loss), row_loss
 
@@ -172,6 +175,10 @@ def loss_and_grads(
         return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), grads, part_grads), row_loss
 
     parts = (noised.noisy_tokens, noised.tokens, weights, attention_mask)
+    if num_parts == 1:  # no second set of gradients to add to
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, 0)
+        (_, row_loss), grads = jax.value_and_grad(loss_of_part, has_aux=True)(params, parts, key)
+        return row_loss, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
     parts = jax.tree.map(lambda array: split_rows(array, num_parts), parts)
     zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.float32), params)
     grads, row_loss = jax.lax.scan(add_part, zeros, (parts, jnp.arange(num_parts)))  # row_loss (parts, B / parts)

@@ -444,7 +444,16 @@ class _Counter:
             return sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
         if instruction.opcode != "fusion":
             return written + sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
-        inner = self.module.computations[instruction.attribute("calls")]
+        name = instruction.attribute("calls")
+        inner = self.module.computations[name]
+        if name.startswith("async_collective"):  # it passes the buffers of the transfer on, in place
+            aliased = re.findall(r"\{(\d*)\}: \((\d+)", instruction.braces("output_to_operand_aliasing") or "")
+            kept_outputs, kept_operands = ({int(pair[k] or 0) for pair in aliased} for k in (0, 1))
+            written = sum(
+                a.num_bytes for k, a in enumerate(instruction.arrays) if not (a.is_on_chip or k in kept_outputs)
+            )
+            operands = [arrays for k, arrays in enumerate(operands) if k not in kept_operands]
+            return written + sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
         return sum(_read_bytes(inner, k, arrays) for k, arrays in enumerate(operands)) + _written_bytes(inner, written)
 
 

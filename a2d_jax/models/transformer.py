@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from a2d_jax.config import Llama3Rope, ModelConfig
+from a2d_jax.models.attention import attend
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.sharding import constrain
 
@@ -194,7 +195,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
         return self.attend(x, mask, cos, sin, dropout_key)[0]
 
-    def attend(self, x, mask, cos, sin, dropout_key=None, place=None) -> tuple[jax.Array, "KeyValues"]:
+    def attend(self, x, mask, cos, sin, dropout_key=None, place=None) -> tuple[jax.Array, KeyValues]:
         """The block's output, (B, T, D), and the keys and values that were attended to, (B, S, K, H).
 
         Args:
@@ -209,8 +210,7 @@ class Block(nnx.Module):
         k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, T, K, H)
         v = split_heads(self.v_proj(normed, keys["v"]))  # (B, T, K, H)
         seen = KeyValues(k, v) if place is None else place(KeyValues(k, v))  # (B, S, K, H)
-        with jax.default_matmul_precision(self.precision):
-            attended = jax.nn.dot_product_attention(q, *seen, mask=mask)  # (B, T, N, H); softmax in float32
+        attended = attend(q, *seen, mask, self.precision)  # (B, T, N, H)
         attended = attended.reshape(*x.shape[:2], -1)  # (B, T, N H)
         x = constrain(x + self.o_proj(attended, keys["o"]), "batch", "length", None)
 

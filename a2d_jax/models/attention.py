@@ -1,0 +1,84 @@
+"""Attention, by the kernel that suits the chip: on a TPU JAX's splash attention, elsewhere plain matmuls and softmax.
+
+The splash kernel never writes the (T, S) scores to memory. It is taken for what denoising models ask: every position
+sees every real one, in bfloat16, at lengths and head sizes that fill its 128 lanes. Padding is told to it as segments:
+a real query sees the real keys; a padded one sees padding, and nobody looks at it. All else takes the plain path.
+
+The choice follows the devices the program is traced for (the mesh in force, or the default backend), so a program
+compiled for a TPU elsewhere is the one that a TPU runs.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from a2d_jax.sharding import MESH_AXES, partition_spec
+
+LANES = 128
+_BLOCKS = (512, 256, LANES)  # positions that the kernel takes at once, the most that divides the length
+
+
+def is_for_tpu() -> bool:
+    """Whether the program being traced is for a TPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def takes_splash(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether the kernel computes this attention: arguments as of `attend`."""
+    length, head_dim = q.shape[1], q.shape[3]
+    hides_keys_alone = mask is None or mask.shape[1:3] == (1, 1)
+    is_full = k.shape[1] == length and length % LANES == 0 and head_dim % LANES == 0
+    return hides_keys_alone and is_full and q.dtype == jnp.bfloat16
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, is_interpreted: bool = False) -> jax.Array:
+    """`attend` by the kernel, on one device."""
+    num_rows, length, num_heads, head_dim = q.shape
+    block = next(size for size in _BLOCKS if length % size == 0)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    everything = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * num_heads)
+    kernel = splash_attention_kernel.make_splash_mha(
+        everything, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=is_interpreted
+    )
+    heads_first = lambda x: x.swapaxes(1, 2)  # (B, T, N, H) -> (B, N, T, H)  # noqa: E731
+    is_real = jnp.ones((num_rows, length), jnp.int32)
+    if mask is not None:
+        is_real = jnp.broadcast_to(mask[:, 0, 0], is_real.shape).astype(jnp.int32)  # (B, S)
+    segments = splash_attention_kernel.SegmentIds(is_real, is_real)
+    scaled = q * jnp.asarray(1 / math.sqrt(head_dim), q.dtype)
+    attended = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v), segments)  # (B, N, T, H)
+    return attended.swapaxes(1, 2).astype(q.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, precision: str) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v, the softmax in float32; N / K query heads share a key head.
+
+    Args:
+      q: (B, T, N, H).
+      k, v: (B, S, K, H).
+      mask: (B or 1, 1, T or 1, S) bool, False = not seen; None: everything is.
+      precision: of the matmuls, where they are not the kernel's.
+    Returns:
+      (B, T, N, H).
+    """
+    if not (is_for_tpu() and takes_splash(q, k, mask)):
+        with jax.default_matmul_precision(precision):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return splash(q, k, v, mask)
+    # The compiler cannot split a kernel: each chip is given its rows and heads.
+    queries = partition_spec(("batch", "length", "heads", None), q.shape, mesh)
+    keys = partition_spec(("batch", "length", "kv_heads", None), k.shape, mesh)
+    if mask is None:
+        mask = jnp.ones((q.shape[0], 1, 1, k.shape[1]), bool)
+    mask = jnp.broadcast_to(mask, (q.shape[0], 1, 1, k.shape[1]))
+    rows = partition_spec(("batch", None, None, None), mask.shape, mesh)
+    split = jax.shard_map(splash, mesh=mesh, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)
+    return split(q, k, v, mask)
