@@ -1,13 +1,17 @@
 """Approximate decoding: caches and parallel reveal against the recorded outputs of Fast-dLLM, and laws of batches."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import a2d_jax
-from a2d_jax.sampling import SamplerConfig, generate
+from a2d_jax import orders
+from a2d_jax.monitor import any_step
+from a2d_jax.sampling import SamplerConfig, generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.stem for path in (FIXTURES / "sampling").glob("fastdllm_*.npz"))
@@ -46,3 +50,87 @@ def test_fast_dllms_samplers_token_for_token(models, name):
     idle = num_idle_passes(recorded, model.config.mask_id, config.gen_length // config.num_blocks(family))
     assert int(result.num_forward[0]) + idle == int(recorded["nfe"])
     assert idle == 0 or config.threshold == 0.15  # where the first pass fills the block
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "reveal"),
+    [
+        ("llada", None, {"threshold": 0.15}),
+        ("llada", "dual", {"threshold": 0.15}),
+        ("llada", "prefix", {"factor": 2.5}),
+        ("dream", "dual", {"threshold": 0.15}),
+    ],
+)
+def test_a_row_decodes_the_same_alone_and_in_a_padded_batch(models, family, cache, reveal):
+    """Rows fill their blocks at different speeds; each is charged for its own passes."""
+    model = models[family]
+    config = SamplerConfig(gen_length=16, steps=16, block_length=8, cache=cache, **reveal)
+    batch = generate(model, PROMPTS, config)
+    alone = generate(model, PROMPTS[1:2], config)
+    np.testing.assert_array_equal(batch.tokens[1, -len(PROMPTS[1]) - 16 :], alone.tokens[0])
+    assert int(batch.num_forward[1]) == int(alone.num_forward[0])
+    np.testing.assert_allclose(batch.eos_prob[1], alone.eos_prob[0], atol=1e-5)
+    num_forward = np.asarray(batch.num_forward)
+    assert num_forward.min() < 16 and len(set(num_forward.tolist())) > 1
+
+
+@pytest.mark.parametrize("cache", ["dual", "prefix"])
+def test_one_block_that_is_the_whole_text_needs_no_approximation(models, cache):
+    """Without a prompt the block is everything, so nothing is ever read from the cache."""
+    config = SamplerConfig(gen_length=8, steps=8, block_length=8)
+    empty = np.zeros((1, 0), np.int32)
+    exact = generate(models["llada"], empty, config)
+    cached = generate(models["llada"], empty, dataclasses.replace(config, cache=cache))
+    np.testing.assert_array_equal(exact.tokens, cached.tokens)
+
+
+@pytest.mark.parametrize("cache", ["dual", "prefix"])
+def test_the_monitor_stops_rows_that_are_decoded_with_a_cache(models, cache):
+    config = SamplerConfig(gen_length=16, steps=16, block_length=8, cache=cache)
+    plain = generate(models["llada"], PROMPTS, config)
+    prob = np.asarray(plain.eos_prob)
+    threshold = float(np.sort(prob.max(axis=1))[-2])  # one row is above it at some pass
+    guarded = generate(models["llada"], PROMPTS, dataclasses.replace(config, monitor=any_step(threshold)))
+    first = np.where((prob > threshold).any(axis=1), (prob > threshold).argmax(axis=1) + 1, 16)
+    np.testing.assert_array_equal(guarded.num_forward, first)
+    np.testing.assert_array_equal(guarded.is_rejected, first < 16)
+    assert (first < 16).sum() == 1
+    kept = first == 16
+    np.testing.assert_array_equal(np.asarray(guarded.tokens)[kept], np.asarray(plain.tokens)[kept])
+
+
+def test_guidance_works_with_a_cache(models):
+    config = SamplerConfig(gen_length=8, steps=4, block_length=4, cfg_scale=1.0, cache="dual")
+    tokens = np.asarray(generate(models["llada"], PROMPTS[:1], config).tokens)
+    assert not (tokens == models["llada"].config.mask_id).any()
+
+
+def test_threshold_by_hand():
+    confidence = jnp.array([[0.2, 0.9, 0.5, 0.95], [0.2, 0.3, 0.1, 0.0]])
+    is_candidate = jnp.array([[True, True, True, False], [True, True, True, True]])
+    revealed = orders.above_threshold(confidence, confidence, is_candidate, 0.5)
+    np.testing.assert_array_equal(revealed, [[False, True, True, False], [False, True, False, False]])
+    # Another order decides who goes in any case.
+    by_position = orders.above_threshold(confidence, -jnp.arange(4.0) * jnp.ones((2, 1)), is_candidate, 0.5)
+    np.testing.assert_array_equal(by_position, [[True, True, True, False], [True, False, False, False]])
+
+
+def test_factor_by_hand():
+    confidence = jnp.array([[0.7, 0.9, 0.8, 0.99], [0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 1.0, 1.0]])
+    is_candidate = jnp.array([[True, True, True, False]] + [[True] * 4] * 2)
+    # 2 x 0.1 = 0.2, 3 x 0.2 = 0.6, 4 x 0.3 = 1.2
+    np.testing.assert_array_equal(orders.factor_quota(confidence, is_candidate, 1.0), [2, 1, 4])
+    np.testing.assert_array_equal(orders.factor_quota(confidence, is_candidate, 1.3), [3, 1, 4])
+    np.testing.assert_array_equal(orders.factor_quota(confidence, is_candidate, 0.1), [1, 1, 4])
+
+
+def test_what_caches_cannot_do_is_refused(models):
+    model, mask_id = models["llada"], models["llada"].config.mask_id
+    with pytest.raises(ValueError, match="infill has no blocks"):
+        infill(model, [[1, mask_id]], SamplerConfig(cache="dual"))
+    with pytest.raises(ValueError, match="the prompt holds 1 masks"):
+        generate(model, [[1, mask_id]], SamplerConfig(gen_length=4, steps=4, cache="prefix"))
+    with pytest.raises(ValueError, match="cache='both'"):
+        SamplerConfig(cache="both")
+    with pytest.raises(ValueError, match="give one of them"):
+        SamplerConfig(threshold=0.9, factor=1.0)
