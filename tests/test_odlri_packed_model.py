@@ -111,14 +111,14 @@ def test_a_packed_folder_gives_the_logits_of_its_dense_reconstruction(packed, ex
 
 
 def test_on_eight_devices_rows_are_split_as_their_output_is(packed, expected):
-    model = a2d_jax.load_pretrained(packed[0], mesh=a2d_jax.make_mesh(data=2, fsdp=2, tensor=2))
+    model = a2d_jax.load_pretrained(packed[0], mesh=a2d_jax.make_mesh(data=1, fsdp=4, tensor=2))
     q_proj, down_proj = model.blocks.q_proj, model.blocks.down_proj
     shards = lambda variable: variable[...].sharding.shard_shape(variable.shape)  # noqa: E731
-    assert shards(q_proj.q_index) == (2, 16, 2)  # layers, heads / tensor, (D / 8) / fsdp
+    assert shards(q_proj.q_index) == (2, 16, 1)  # layers, heads / tensor, (D / 8) / fsdp
     assert shards(q_proj.left) == (2, 16, 8)
-    assert shards(q_proj.right) == (2, 8, 16)
-    assert shards(down_proj.q_index) == (2, 16, 3)  # layers, D / fsdp, (F / 8) / tensor
-    assert shards(model.lm_head.q_index) == (32, 2)  # V / tensor
+    assert shards(q_proj.right) == (2, 8, 8)
+    assert shards(down_proj.q_index) == (2, 8, 3)  # layers, D / fsdp, (F / 8) / tensor
+    assert shards(model.lm_head.q_index) == (8, 4)  # V / (tensor fsdp), D / 8
     np.testing.assert_allclose(np.asarray(model(TOKENS)), expected, atol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_the_adapter_export_is_what_peft_computes_with(packed, expected, tmp_pat
 
 def test_quantised_factors_become_trainable_ones(source, tmp_path):
     config = dataclasses.replace(CONFIG, lr_bits=4, hadamard=False)
-    folder, _ = write_packed(source, tmp_path / "packed", config, ("blocks.o_proj",))
+    folder, _ = write_packed(source, tmp_path / "packed", config, ("blocks.down_proj",))
     export(str(folder), tmp_path / "float", "packed", lr_bits=16)
     before, after = a2d_jax.load_pretrained(folder), a2d_jax.load_pretrained(tmp_path / "float")
     assert not nnx.state(before, nnx.LoRAParam) and nnx.state(after, nnx.LoRAParam)
