@@ -1,0 +1,200 @@
+"""Decoding against PyTorch running the official algorithm on the same weights; parallel reveal in the embedded world.
+
+    python -m bench.decoding --out bench_out [--batches 1,8] [--repeats 3]
+
+Speed: a random LLaDA of 135M parameters in its body (576 wide, 30 layers) with the published 126,464-row head, prompt
+64, response 128 in blocks of 32. The PyTorch side is transformers' LlamaModel with a full attention mask and LLaDA's
+published sampling loop: head, argmax and softmax at every position. A pass costs the same whatever its number, so
+few are timed: `--passes` of exact decoding on both sides, and one block of 32 with the dual cache. Both sides take
+turns; the table holds medians, and tokens/s for a step a token. The tokens of both sides are compared too.
+
+World: the base model of the embedded world writes the recipes of foods; forward passes and exact answers with a
+threshold against one token a step.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from absl import app, flags
+from flax import nnx
+from transformers import LlamaConfig, LlamaModel
+
+from a2d_jax.config import ModelConfig
+from a2d_jax.evaluate import evaluate_requests
+from a2d_jax.hf_io import write_json
+from a2d_jax.models.transformer import Transformer
+from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.sampling import Decoder, SamplerConfig, response_plan, response_rows, row_keys
+from a2d_jax.tokenizer import load_tokenizer
+from a2d_jax.world import attack_prompts, is_exact, make_world
+
+PROMPT, RESPONSE, BLOCK = 64, 128, 32
+MASK_ID, EOS_ID = 126336, 126081
+ROOT = Path(__file__).parents[1]
+
+_OUT = flags.DEFINE_string("out", "bench_out", "folder for the table")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8"], "batch sizes")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "timings of each side", lower_bound=1)
+_PASSES = flags.DEFINE_integer("passes", 4, "passes of a timing of exact decoding; a multiple of the 4 blocks")
+_THRESHOLDS = flags.DEFINE_list("thresholds", ["0.99", "0.95", "0.9", "0.8"], "of the parallel reveal in the world")
+_PARTS = flags.DEFINE_list("parts", ["speed", "world"], "what to measure")
+
+
+def random_llada() -> Transformer:
+    """SmolLM2's body with LLaDA's head, random weights."""
+    config = ModelConfig(
+        "llada", 126464, 30, 576, 9, 3, 64, 1536, rope_theta=5e5, norm_eps=1e-5, mask_id=MASK_ID, eos_id=EOS_ID
+    )
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+class TorchLlada(torch.nn.Module):
+    """The same weights in transformers' code; logits of every position."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        config, state = model.config, nnx.to_pure_dict(nnx.state(model))
+        self.body = LlamaModel(
+            LlamaConfig(
+                vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_dim,
+                num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+                max_position_embeddings=4096,
+            )
+        )  # fmt: skip
+        names = {"embed_tokens.weight": state["embed"]["embedding"], "norm.weight": state["final_norm"]["scale"]}
+        for ours, theirs in {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn",
+                             "gate": "mlp", "up": "mlp", "down": "mlp"}.items():  # fmt: skip
+            for layer, kernel in enumerate(np.asarray(state["blocks"][f"{ours}_proj"]["kernel"])):
+                names[f"layers.{layer}.{theirs}.{ours}_proj.weight"] = kernel.T
+        for ours, theirs in {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}.items():
+            for layer, scale in enumerate(np.asarray(state["blocks"][ours]["scale"])):
+                names[f"layers.{layer}.{theirs}.weight"] = scale
+        weights = {name: torch.tensor(np.asarray(array)) for name, array in names.items()}
+        self.body.load_state_dict(weights)
+        self.head = torch.nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head.weight.data = torch.tensor(np.asarray(state["lm_head"]["kernel"]).T.copy())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        mask = torch.zeros((len(tokens), 1, length, length))  # added to the scores: everything is seen
+        return self.head(self.body(input_ids=tokens, attention_mask=mask).last_hidden_state)
+
+
+@torch.no_grad()
+def official_decoding(model: TorchLlada, prompt: np.ndarray, steps: int) -> np.ndarray:
+    """LLaDA's published sampler at temperature 0, low-confidence order."""
+    tokens = torch.full((len(prompt), PROMPT + RESPONSE), MASK_ID)
+    tokens[:, :PROMPT] = torch.tensor(prompt)
+    num_blocks = RESPONSE // BLOCK
+    per_pass = BLOCK * num_blocks // steps
+    for block in range(num_blocks):
+        end = PROMPT + (block + 1) * BLOCK
+        for _ in range(steps // num_blocks):
+            is_masked = tokens == MASK_ID
+            logits = model(tokens)
+            proposed = torch.argmax(logits, dim=-1)
+            probs = torch.nn.functional.softmax(logits, dim=-1)
+            confidence = torch.gather(probs, -1, proposed[..., None])[..., 0]
+            confidence[:, end:] = -np.inf
+            proposed = torch.where(is_masked, proposed, tokens)
+            confidence = torch.where(is_masked, confidence, -np.inf)
+            for row in range(len(tokens)):
+                chosen = torch.topk(confidence[row], k=per_pass).indices
+                tokens[row, chosen] = proposed[row, chosen]
+    return tokens.numpy()
+
+
+def started(model: Transformer, prompt: np.ndarray, config: SamplerConfig):
+    """A decoder and its rows before the first pass."""
+    plan = response_plan(config, "llada", PROMPT + RESPONSE)
+    tokens, block, _ = response_rows(prompt, None, config, plan.num_blocks, MASK_ID)
+    decoder = Decoder(model, plan)
+    return decoder, decoder.start(tokens, block, None, row_keys(config, None, range(len(prompt))))
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def compare_speed(model: Transformer, reference: TorchLlada, batch_size: int) -> dict:
+    prompt = np.random.default_rng(0).integers(0, 120_000, (batch_size, PROMPT)).astype(np.int32)
+    passes = _PASSES.value
+    exact, exact_rows = started(model, prompt, SamplerConfig(gen_length=RESPONSE, steps=passes, block_length=BLOCK))
+    config = SamplerConfig(gen_length=RESPONSE, steps=RESPONSE, block_length=BLOCK, cache="dual")
+    dual, dual_rows = started(model, prompt, config)
+    theirs = official_decoding(reference, prompt, passes)
+    is_same = np.array_equal(exact.result(exact.run(exact_rows)).tokens, theirs)
+    dual.advance(dual_rows)  # compiled before it is timed
+    timings = {"official": [], "exact": [], "dual_cache": []}
+    for _ in range(_REPEATS.value):
+        timings["official"].append(seconds(lambda: official_decoding(reference, prompt, passes)) / passes)
+        timings["exact"].append(seconds(lambda: exact.run(exact_rows)) / passes)
+        timings["dual_cache"].append(seconds(lambda: dual.advance(dual_rows)) / BLOCK)  # BLOCK passes, one a token
+    per_pass = {name: statistics.median(times) for name, times in timings.items()}
+    return {
+        "batch_size": batch_size,
+        "has_same_tokens": is_same,
+        "seconds_a_pass": per_pass,
+        "tokens_per_second": {name: batch_size / pass_ for name, pass_ in per_pass.items()},
+        "ratio_exact": per_pass["official"] / per_pass["exact"],
+        "ratio_dual_cache": per_pass["official"] / per_pass["dual_cache"],
+        "repeats": _REPEATS.value,
+        "passes": passes,
+    }
+
+
+def parallel_reveal(thresholds: list[float]) -> list[dict]:
+    """Forward passes and exact recipes of the world's base model."""
+    checkpoint = ROOT / "a2d_jax" / "world_base"
+    tokenizer, model = load_tokenizer(hf_files(checkpoint)), load_pretrained(checkpoint)
+    rows = attack_prompts(make_world(0))["foods"]
+    plain = SamplerConfig(gen_length=24, steps=24, block_length=24)
+    table = []
+    for threshold in [None, *thresholds]:
+        config = dataclasses.replace(plain, threshold=threshold)
+        records = evaluate_requests(model, tokenizer, rows, "over_refusal", config, batch_size=64, buckets=(40, 56))
+        exact = [is_exact(row, record["completion"]) for row, record in zip(rows, records, strict=True)]
+        passes = float(np.mean([record["num_forward"] for record in records]))
+        table.append(
+            {
+                "threshold": threshold,
+                "exact": float(np.mean(exact)),
+                "forward_passes": passes,
+                "num_requests": len(rows),
+            }
+        )
+        table[-1]["times_fewer"] = table[0]["forward_passes"] / passes
+        print(json.dumps(table[-1]), flush=True)
+    return table
+
+
+def main(_) -> None:
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "decoding.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if "world" in _PARTS.value:
+        results["world"] = parallel_reveal([float(threshold) for threshold in _THRESHOLDS.value])
+        write_json(path, results)
+    if "speed" in _PARTS.value:
+        model = random_llada()
+        reference = TorchLlada(model).eval()
+        results["speed"] = []
+        for batch_size in map(int, _BATCHES.value):
+            results["speed"].append(compare_speed(model, reference, batch_size))
+            print(json.dumps(results["speed"][-1]), flush=True)
+            write_json(path, results)
+    print(f"-> {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)
