@@ -5,10 +5,12 @@
 
 A prompt without masks is a user turn of the chat template, answered in `--gen_length` tokens. A text with `<mask:N>`
 (N masks) is filled as it stands; `--chat_template` puts it into a user turn first. `--prompt` may be given several
-times: the prompts are decoded as one batch. The settings of `SamplerConfig` are flags.
+times: the prompts are decoded as one batch. The settings of `SamplerConfig` are flags. `--trace trace.html` writes one
+page that replays the decoding pass by pass in any browser.
 """
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from a2d_jax.pretrained import hf_files, load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.sampling import generate, infill, pad_left
 from a2d_jax.tokenizer import has_mask_runs, load_tokenizer
+from a2d_jax.trace import render_page, trace_record
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "a request, or a text with <mask:N>", required=True)
@@ -27,6 +30,7 @@ _CHAT_TEMPLATE = flags.DEFINE_bool("chat_template", False, "put a text with <mas
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
 _SEED = flags.DEFINE_integer("seed", 0, "of temperature and random order")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object a prompt")
+_TRACE = flags.DEFINE_string("trace", None, "HTML file to write, a replay of the decoding")
 define_sampler_flags()
 
 
@@ -39,26 +43,30 @@ def main(_) -> None:
     tokenizer = load_tokenizer(hf_files(_CHECKPOINT.value))
     model = load_pretrained(_CHECKPOINT.value, dtype=jnp.dtype(_DTYPE.value), adapter=_ADAPTER.value)
 
+    has_trace = _TRACE.value is not None
     if are_templates == {True}:
         encode = tokenizer.encode_prompt if _CHAT_TEMPLATE.value else tokenizer.encode_template
-        tokens, attention_mask = pad_left([encode(prompt) for prompt in _PROMPT.value], tokenizer.pad_id)
-        result = infill(model, tokens, config, key, attention_mask=attention_mask)
+        given = [encode(prompt) for prompt in _PROMPT.value]
+        tokens, attention_mask = pad_left(given, tokenizer.pad_id)
+        result = infill(model, tokens, config, key, attention_mask=attention_mask, trace=has_trace)
         starts = np.argmax(attention_mask, axis=1)
     else:
         prompts = [tokenizer.encode_prompt(prompt) for prompt in _PROMPT.value]
-        result = generate(model, prompts, config, key)
+        given = [prompt + [tokenizer.mask_id] * config.gen_length for prompt in prompts]
+        result = generate(model, prompts, config, key, trace=has_trace)
         starts = np.full(len(prompts), result.tokens.shape[1] - config.gen_length)
 
-    for prompt, tokens, start, num_forward, is_rejected, eos_prob in zip(
-        _PROMPT.value,
-        np.asarray(result.tokens),
-        starts,
-        result.num_forward,
-        result.is_rejected,
-        result.eos_prob,
-        strict=True,
+    texts = [
+        tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+        for tokens, start in zip(np.asarray(result.tokens), starts, strict=True)
+    ]
+    if has_trace:
+        rows = enumerate(zip(_PROMPT.value, texts, given, strict=True))
+        records = [trace_record(tokenizer, *texts_of_row, result, row, config) for row, texts_of_row in rows]
+        Path(_TRACE.value).write_text(render_page(records), encoding="utf-8")
+    for prompt, text, num_forward, is_rejected, eos_prob in zip(
+        _PROMPT.value, texts, result.num_forward, result.is_rejected, result.eos_prob, strict=True
     ):
-        text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
         if _JSON.value:
             record = {"prompt": prompt, "text": text, "num_forward": int(num_forward), "is_rejected": bool(is_rejected)}
             print(json.dumps(record | {"eos_prob_first": float(eos_prob[0])}, ensure_ascii=False))
