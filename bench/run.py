@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the tables")
 COMMANDS = {
     "checkpoint_memory": ("bench.checkpoint_memory",),
+    "decoding": ("bench.decoding",),
     "worlds": ("a2d_jax.demo", "--from_scratch", "--seeds=0,1,2"),
 }
 _ONLY = flags.DEFINE_list("only", list(COMMANDS), "benchmarks to run")
