@@ -43,8 +43,12 @@ def used_bytes(message: str) -> float | None:
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 
-def compile_step(step: Step, topology: Topology) -> dict[str, Any]:
-    """Compiles and measures; the numbers of one chip, under the names of the module's docstring."""
+def compile_step(step: Step, topology: Topology, hlo_path: Path | None = None) -> dict[str, Any]:
+    """Compiles and measures; the numbers of one chip, under the names of the module's docstring.
+
+    Args:
+      hlo_path: where to write the compiled program, for those who want to read it.
+    """
     started = time.monotonic()
     lowered = step.lower()
     hbm = topology.chip.hbm_bytes
@@ -65,7 +69,10 @@ def compile_step(step: Step, topology: Topology) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     new_outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
-    tally = count(compiled.as_text(), step.mesh.shape)
+    text = compiled.as_text()
+    if hlo_path is not None:
+        hlo_path.write_text(text, encoding="utf-8")
+    tally = count(text, step.mesh.shape)
     times = roofline(tally, topology)
     slowest = max(times.values())
     return head | {
@@ -158,7 +165,9 @@ def main(_) -> None:
         result = search(config, topology, devices, values.search_limit, config_name, print)
     else:
         step = BUILDERS[kind](config, devices)
-        result = {"config": config_name, "step": kind} | compile_step(step, topology)
+        result = {"config": config_name, "step": kind} | compile_step(
+            step, topology, Path(values.hlo) if values.hlo else None
+        )
         print(describe(step.title, result, topology.chip.peak_flops))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
@@ -170,6 +179,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, 'the slice, such as "v5e:4x4"', required=True)
     flags.DEFINE_enum("step", None, STEPS, "which step; by default what the config describes")
     flags.DEFINE_string("out", None, "JSON file; by default compile_out/CONFIG-STEP-SLICE.json")
+    flags.DEFINE_string("hlo", None, "file for the compiled program's text")
     flags.DEFINE_bool("search", False, "try meshes, remat and micro-batches; rank those that fit")
     flags.DEFINE_integer("search_limit", 6, "how many candidates --search compiles")
     flags.mark_flag_as_required("config")

@@ -4,7 +4,7 @@ XLA's own cost analysis counts a loop's body once, so a scanned model seems as d
 often as it runs. What is counted:
 
   FLOPs        of dots and convolutions (a TPU's matmuls), two a multiply-add, wherever they sit, fusions included; of
-               kernels that state a cost. Elementwise work is left out.
+               attention kernels, and of others that state a cost. Elementwise work is left out.
   collectives  bytes that one chip sends in a ring algorithm, by kind and by the mesh axes they cross; and whether
                the transfer runs beside other work (a start/done pair, or fused with matmuls) or alone.
   memory       bytes that instructions read from and write to the main memory (a fusion: its operands and results; a
@@ -30,6 +30,8 @@ _ITEM_BYTES |= {f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16,
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _PASSES = {"high": 3, "highest": 6}  # of the matrix unit, which multiplies bfloat16, for one product of float32
+# Products (T, H) x (H, S) of the splash kernels: scores and output; scores again and four gradients, in one kernel.
+_ATTENTION_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 # Instructions that move nothing.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota",
@@ -185,15 +187,27 @@ def _parse_instruction(line: str) -> Instruction | None:
     )
 
 
+def _lines(text: str) -> Iterator[str]:
+    """One instruction a line: a hand-written kernel carries notes that run over several."""
+    pending = ""
+    for line in text.splitlines():
+        if re.match(r"  (ROOT )?%|(ENTRY )?%?[\w.\-]+ \(|\}$", line):
+            yield pending
+            pending = line
+        else:
+            pending += line
+    yield pending
+
+
 def parse(text: str) -> Module:
     """The program that `compiled.as_text()` gives."""
     computations, entry, name, lines = {}, None, None, {}
-    for line in text.splitlines():
+    for line in _lines(text):
         opening = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
         if opening:
             name, lines = opening.group(2), {}
             entry = name if opening.group(1) else entry
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name], name = Computation(name, lines), None
         elif name:
             instruction = _parse_instruction(line)
@@ -236,7 +250,8 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     if compare.opcode != "compare" or compare.attribute("direction") != "LT" or None in operands:
         return None
     start, stop = (_loop_value(computation, loop, condition, name) for name in operands)
-    return None if start is None or stop is None else max(stop - start, 0)
+    step = _increment(module, loop, condition.instructions[operands[0]])
+    return None if None in (start, stop, step) else max(-(-(stop - start) // step), 0)
 
 
 def _loop_value(computation: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
@@ -249,6 +264,25 @@ def _loop_value(computation: Computation, loop: Instruction, condition: Computat
     if start.opcode != "tuple":
         return None
     return _constant(computation, start.operands[int(element.attribute("index"))])
+
+
+def _increment(module: Module, loop: Instruction, counter: Instruction) -> int | None:
+    """What the body adds to the counter; an unrolled loop adds more than one."""
+    body = module.computations[loop.attribute("body")]
+    if counter.opcode != "get-tuple-element" or body.root.opcode != "tuple":
+        return None
+    update = body.instructions[body.root.operands[int(counter.attribute("index"))]]
+    while update.opcode == "copy":
+        update = body.instructions[update.operands[0]]
+    if update.opcode == "fusion":  # the addition alone, wrapped
+        inner = module.computations[update.attribute("calls")]
+        update, where = inner.root, inner
+    else:
+        where = body
+    if update.opcode != "add":
+        return None
+    constants = [_constant(where, name) for name in update.operands]
+    return next((c for c in constants if c is not None and c > 0), None)
 
 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -287,8 +321,12 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> fl
     return flops
 
 
-def _kernel_flops(instruction: Instruction) -> float:
-    """What a hand-written kernel says of itself."""
+def kernel_flops(instruction: Instruction, operands: Sequence[Array]) -> float:
+    """Of a hand-written kernel: the products of attention, or what the kernel says of itself."""
+    for name, num_products in _ATTENTION_PRODUCTS.items():
+        if instruction.name.startswith(name):
+            q, k = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")][:2]
+            return 2.0 * num_products * math.prod(q.shape) * k.shape[-2]
     stated = re.search(r'"cost_estimate":(\{[^}]*\})', instruction.attributes)
     return float(json.loads(stated.group(1)).get("flops", 0)) if stated else 0.0
 
@@ -386,7 +424,7 @@ class _Counter:
         elif opcode == "convolution":
             flops = convolution_flops(instruction, operand(0), operand(1))
         elif opcode == "custom-call":
-            flops = _kernel_flops(instruction)
+            flops = kernel_flops(instruction, [operand(k) for k in range(len(instruction.operands))])
         passes = _PASSES.get(instruction.precision, 1)
         total = Tally(flops, flops * passes, collectives=self._collective(computation, instruction, is_beside))
         if not is_fused and opcode not in _FREE:

@@ -15,19 +15,12 @@ from ml_collections import config_dict
 
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.models.lora import LoRAConfig
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.settings import DTypeSettings, MeshSettings
 from odlri_jax.decompose import DecomposeConfig
 
 STEPS = ("train", "sample", "calibrate", "decompose")
 ARCHITECTURES = Path(__file__).parents[1] / "configs" / "models"  # config.json of the models that configs/ name
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressedModel:
-    """That the model's projections are packed: their DecomposeConfig. None in its place: a dense model."""
-
-    decompose: DecomposeConfig
 
 
 def _base(checkpoint: str, step: str) -> dict:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from a2d_jax import sampling
+from a2d_jax import decoding
 from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh
 from a2d_jax.config import ModelConfig
 from a2d_jax.hf_io import abstract_model
-from a2d_jax.sampling import Draws, SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import response_plan
 from a2d_jax.settings import DTypeSettings, MeshSettings, RunConfig
 from a2d_jax.sharding import batch_sharding, make_mesh, param_shardings, partition_spec
 from launch.settings import architecture, forward_flops, train_flops
@@ -106,31 +107,43 @@ def train_step(config: Mapping[str, Any], devices) -> Step:
 
 
 def sample_step(config: Mapping[str, Any], devices) -> Step:
-    """One forward pass and reveal of `a2d_jax.generate`; the loop around it depends on data, so it counts once."""
+    """A pass and what it reveals in `a2d_jax.generate`; the loop around it depends on data, so it counts once.
+
+    With a cache: the pass that fills it, and one of those that use it.
+    """
     model_config, mesh = architecture(config["model"]["checkpoint"]), _mesh(config, devices)
     check_heads(model_config, mesh)
-    batch_size, sampler = config["batch_size"], SamplerConfig(**config["sampler"]).resolve(model_config.family)
+    batch_size, sampler = config["batch_size"], SamplerConfig(**config["sampler"])
     _check_batch("config.batch_size", batch_size, mesh)
-    num_blocks = sampler.num_blocks(model_config.family)
     length = config["prompt_length"] + sampler.gen_length
+    plan = response_plan(sampler, model_config.family, length)
     graphdef, state = _placed_state(abstract_model(model_config, _dtypes(config)), mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def lower() -> jax.stages.Lowered:
-        tokens = _rows(mesh, (batch_size, length), jnp.int32)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        mask = _rows(mesh, (batch_size, length), bool)
+        tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        mask = jax.ShapeDtypeStruct((batch_size, length), bool)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+        rows = jax.eval_shape(lambda *arrays: decoding.start_rows(*arrays, plan, False), tokens, tokens, mask, keys)
+        rows = jax.tree.map(lambda x: _rows(mesh, x.shape, x.dtype), rows)
         with jax.set_mesh(mesh):
-            return sampling._denoise.lower(
-                graphdef, state, tokens, tokens, mask, key, Draws(), config=sampler, num_blocks=num_blocks
+            if sampler.cache is None:
+                max_running = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+                return decoding.decode.lower(graphdef, state, rows, max_running, decoding.Draws(), plan=plan)
+            num_positions = sampler.gen_length if sampler.cache == "prefix" else sampler.gen_length // plan.num_blocks
+            return decoding.decode_block.lower(
+                graphdef, state, rows, decoding.Draws(), plan=plan, num_positions=num_positions
             )
 
-    passes = 2 if sampler.cfg_scale else 1
+    num_tokens = (2 if sampler.cfg_scale else 1) * batch_size * length
+    weights, attention = forward_flops(model_config, num_tokens, length)
+    not_scored = num_tokens * (1 - plan.num_candidates / length)
     return Step(
-        f"one decoding step of {batch_size} rows x {length} tokens, {config['dtypes']['param']}",
+        f"one decoding pass over {batch_size} rows x {length} tokens, {config['dtypes']['param']}, "
+        f"cache {sampler.cache}",
         mesh,
         lower,
-        passes * sum(forward_flops(model_config, batch_size * length, length)),
+        weights + attention - 2.0 * not_scored * model_config.width * model_config.vocab_size,
     )
 
 

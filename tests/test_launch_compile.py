@@ -130,6 +130,29 @@ def test_the_trips_of_a_loop_follow_from_its_start_and_condition():
     assert tally.mxu_flops == 6 * tally.flops  # a float32 product takes six passes of bfloat16
 
 
+def test_an_unrolled_loop_runs_less_often():
+    text = COUNTED_LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+    assert hlo.count(text, {"data": 1}).flops == 6 * 2 * 8**3  # 3, 5, ..., 13
+
+
+KERNEL = """HloModule m
+
+ENTRY %main (q: bf16[4,128,64], k: bf16[2,256,64]) -> bf16[4,128,64] {
+  %q = bf16[4,128,64]{2,1,0} parameter(0)
+  %k = bf16[2,256,64]{2,1,0} parameter(1)
+  %splash_mha_fwd.2 = bf16[4,128,64]{2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu", notes={kernel={
+"block_q":"128"
+}}, metadata={op_name="attention"}
+  %other = bf16[4,128,64]{2,1,0} custom-call(%q), backend_config={"cost_estimate":{"flops":"1000","bytes_accessed":"1"}}
+  ROOT %t = bf16[4,128,64]{2,1,0} add(%splash_mha_fwd.2, %other)
+}
+"""
+
+
+def test_kernels_count_although_their_notes_run_over_lines():
+    assert hlo.count(KERNEL, {"data": 1}).flops == 2 * 2 * 4 * 128 * 256 * 64 + 1000
+
+
 # -- collectives ------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,13 @@
+"""Calibration and ODLRI compression of LLaDA-8B-Instruct: 2-bit Q on the E8 lattice, 16-bit factors of rank 256.
+
+python -m launch.compile --config configs/llada_8b_odlri.py --topology v5e:4x4 --step calibrate
+python -m launch.compile --config configs/llada_8b_odlri.py --topology v5e:4x4
+"""
+
+from launch.settings import compress_config
+
+
+def get_config():
+    config = compress_config("checkpoints/LLaDA-8B-Instruct", batch_size=16, length=4096, rank=256, init="odlri")
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    return config

@@ -1,0 +1,13 @@
+"""Calibration and ODLRI compression of Llama-2-70B, with the settings of LLaDA-8B.
+
+python -m launch.compile --config configs/llama_2_70b_odlri.py --topology v5p:2x2x4 --step calibrate
+python -m launch.compile --config configs/llama_2_70b_odlri.py --topology v5p:2x2x4
+"""
+
+from configs import llada_8b_odlri
+
+
+def get_config():
+    config = llada_8b_odlri.get_config()
+    config.model.checkpoint = "checkpoints/Llama-2-70b-hf"
+    return config
