@@ -198,10 +198,13 @@ def plot_starts(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     for i, init in enumerate(STARTS):
         of_start = {(r["rank"], r["lr_bits"], r["outer_iters"]): r["perplexity"] for r in rows if r["init"] == init}
         places = [place for place, setting in enumerate(settings) if setting in of_start]
+        if not places:
+            continue
         axes.bar([place + 0.2 * i - 0.3 for place in places], [of_start[settings[p]] for p in places], 0.19, label=init)
     dense = next((record["perplexity"] for record in records if record["name"] == "dense"), None)
     if dense is not None:
         axes.axhline(dense, color="black", linewidth=0.8, label="dense")
+    axes.set_xlim(-0.6, len(settings) - 0.4)
     axes.set_xticks(range(len(settings)), [f"rank {r}, {b}-bit\n{t} iterations" for r, b, t in settings])
     axes.set_ylabel(f"perplexity, {MAX_WINDOWS} windows of {CONTEXT_LENGTH}")
     axes.legend(ncols=5, fontsize="small")

@@ -2,10 +2,10 @@
 
     python -m bench.soak_compress --out bench_out/soak_compress [--kills 10 --seed 0]
 
-A small random LLaMA and random second moments are made first. The moments of SIGKILL are spread over the time that the
-undisturbed run took from its first file on, so that they fall into every part of the work; a run that ends before its
-moment counts as no kill and the folder is begun anew. Every file must come back with the same bytes, of report.json
-all but the seconds.
+A small random LLaMA and random second moments are made first. Each run is killed (SIGKILL) a random time after a random
+number of new files: before the first, between any two, or while the folder is completed. A run that ends before its
+moment counts as no kill; a folder that is complete is compared and begun anew. Every file must come back with the same
+bytes, of report.json all but the seconds.
 """
 
 import json
@@ -27,6 +27,7 @@ from a2d_jax.config import ModelConfig
 from a2d_jax.hf_io import write_json
 from a2d_jax.models.transformer import Transformer
 from odlri_jax.calibration import CALIBRATION_NAME, FORMAT, VERSION, input_widths, layer_file
+from odlri_jax.compress import UNFINISHED
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
 
@@ -77,10 +78,18 @@ def finish(process: subprocess.Popen) -> None:
         raise RuntimeError(f"the compression ended with code {process.returncode}")
 
 
-def wait_for_start(process: subprocess.Popen, target: Path) -> None:
-    """Returns once the process writes its folder: importing and compiling take longer than all the rest."""
-    while not (target / "unfinished").is_dir() and process.poll() is None:
-        time.sleep(0.01)
+def num_files(folder: Path) -> int:
+    return len(list(folder.glob("*.safetensors")))
+
+
+def wait_for_files(process: subprocess.Popen, folder: Path, wanted: int) -> float:
+    """Seconds until the folder holds `wanted` files, or the process has ended; the clock starts with the folder."""
+    while not (folder / UNFINISHED).is_dir() and process.poll() is None:
+        time.sleep(0.002)
+    begin = time.monotonic()
+    while num_files(folder) < wanted and process.poll() is None:
+        time.sleep(0.002)
+    return time.monotonic() - begin
 
 
 def main(_) -> None:
@@ -91,29 +100,31 @@ def main(_) -> None:
     finish(start(checkpoint, calibration, undisturbed))
     expected = contents(undisturbed)
 
-    # A second undisturbed run, with compiled programs at hand, tells how long the work takes from its first sign on.
+    # A second undisturbed run, with compiled programs at hand, tells the time before the first file and after it.
     process = start(checkpoint, calibration, target)
-    wait_for_start(process, target)
+    before_first = wait_for_files(process, target, 1)
     begin = time.monotonic()
     finish(process)
-    seconds = time.monotonic() - begin
+    each = (time.monotonic() - begin) / num_files(target)
     assert contents(target) == expected, "two undisturbed runs differ"
+    total = num_files(target)
     shutil.rmtree(target)
-    print(f"undisturbed: {len(expected)} files, {seconds:.1f} s from the first; {_KILLS.value} kills", flush=True)
+    print(f"{total} weight files; {before_first:.2f} s to the first, {each:.2f} s for each further one", flush=True)
 
     rng, kills, num_complete = random.Random(_SEED.value), [], 0
     while len(kills) < _KILLS.value:
+        already = num_files(target)
+        wanted = rng.randint(already, total)
+        delay = rng.uniform(0, before_first if wanted == already else each)
         process = start(checkpoint, calibration, target)
-        wait_for_start(process, target)
-        moment = rng.uniform(0, seconds * (1 - 0.5 * len(list(target.glob("layers-*.safetensors"))) / 6))
+        wait_for_files(process, target, wanted)
         try:
-            process.wait(moment)
+            process.wait(delay)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            num_files = len(list(target.glob("*.safetensors")))
-            kills.append({"seconds": round(moment, 3), "files": num_files})
-            print(f"kill {len(kills)} after {moment:.2f} s, {num_files} files there", flush=True)
+            kills.append({"files_before": already, "files_after": num_files(target), "delay": round(delay, 4)})
+            print(f"kill {len(kills)}: {already} weight files at its start, {num_files(target)} at its end", flush=True)
         if (target / MANIFEST_NAME).is_file():  # complete, killed or not
             finish(start(checkpoint, calibration, target))
             assert contents(target) == expected, f"the files differ after {len(kills)} kills"
