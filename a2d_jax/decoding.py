@@ -111,7 +111,7 @@ def is_running(rows: Rows, num_blocks: int) -> jax.Array:
 # -- one pass ---------------------------------------------------------------------------------------------------------
 
 
-def _inputs(rows: Rows, mask_id: int, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+def model_inputs(rows: Rows, mask_id: int, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
     """Tokens and attention mask for the model; under guidance a second time, with the prompt masked, (2 B, T)."""
     if plan.config.cfg_scale == 0:
         return rows.tokens, rows.attention_mask
@@ -300,7 +300,7 @@ def decode(graphdef, state, rows: Rows, max_running, draws: Draws, *, plan: Plan
     offset = jnp.zeros(len(rows.tokens), jnp.int32)
 
     def take_pass(rows: Rows) -> Rows:
-        hidden = model.hidden_states(*_inputs(rows, model.config.mask_id, plan))  # (B, T, D)
+        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan))  # (B, T, D)
         return reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan)
 
     return jax.lax.while_loop(lambda rows: jnp.sum(is_running(rows, plan.num_blocks)) > max_running, take_pass, rows)
@@ -320,7 +320,7 @@ def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_p
     block_length = plan.config.gen_length // plan.num_blocks
     start = rows.tokens.shape[1] - (plan.num_blocks - rows.current) * block_length  # (B,)
 
-    tokens, attention_mask = _inputs(rows, mask_id, plan)
+    tokens, attention_mask = model_inputs(rows, mask_id, plan)
     hidden, cache = model.cached_hidden_states(tokens, attention_mask)  # (B, T, D); (L, B, T, K, H)
     offset = jnp.zeros_like(start)
     rows = reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan, is_cache_pass=True)
@@ -333,7 +333,7 @@ def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_p
         positions = jnp.concatenate([positions, positions])
 
     def take_pass(rows: Rows) -> Rows:
-        tokens, attention_mask = _inputs(rows, mask_id, plan)
+        tokens, attention_mask = model_inputs(rows, mask_id, plan)
         inside = jnp.minimum(positions, tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(tokens, inside, axis=1)  # (B, L)
         hidden, _ = model.cached_hidden_states(tokens, attention_mask, positions=positions, cache=cache)  # (B, L, D)

@@ -78,6 +78,10 @@ class Tokenizer:
         ids = self.encode(self.expand_mask_runs(self.render_prompt(user_text)))
         return ids + self.encode(self.expand_mask_runs(response_start)) if response_start else ids
 
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation of {"role", "content"} in the chat template, up to where the next answer starts."""
+        return self.encode(self._render(list(messages), add_generation_prompt=True))
+
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text outside the chat template, each `<mask:N>` as N mask ids; it must hold one at least."""
         if not has_mask_runs(text):
