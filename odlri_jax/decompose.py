@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from threadpoolctl import threadpool_limits
 
 from odlri_jax import hadamard, initialize, ldlq, lowrank
 from odlri_jax.codebooks import BLOCK, Codebook, get_codebook
@@ -368,6 +369,12 @@ def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Arr
     return h
 
 
+def _one_blas_thread() -> threadpool_limits:
+    """One thread for LAPACK on the host's processor: its threads wait by spinning, and on busy cores an
+    eigendecomposition of 576 x 576 took 27 times the processor time with two."""
+    return threadpool_limits(limits=1, user_api="blas")
+
+
 def decompose(
     w: jax.Array,
     h: jax.Array,
@@ -395,7 +402,8 @@ def decompose(
         signs = tuple(jnp.asarray(np.asarray(s), jnp.float32) for s in signs)
         if signs[0].shape != w.shape[:1] or signs[1].shape != w.shape[1:]:
             raise ValueError(f"signs {signs[0].shape}, {signs[1].shape} do not fit W {w.shape}: they are (m,), (n,).")
-    result = decompose_arrays(w, h, config, key, signs, mesh)
+    with _one_blas_thread():
+        result = jax.block_until_ready(decompose_arrays(w, h, config, key, signs, mesh))
     if not math.isfinite(float(result.error)):
         raise ValueError(f"the decomposition of W {w.shape} did not stay finite; look at the scale of W and H.")
     return result
@@ -426,7 +434,8 @@ def decompose_stack(
     if mesh is not None:  # every device takes equally many; the last matrix fills up
         filled = jnp.minimum(jnp.arange(-(-num_matrices // mesh.size) * mesh.size), num_matrices - 1)
         w, h, keys = w[filled], h[filled], keys[filled]
-    result = _decompose_stack(w, h, keys, config, mesh)
+    with _one_blas_thread():
+        result = jax.block_until_ready(_decompose_stack(w, h, keys, config, mesh))
     result = jax.tree.map(lambda x: x[:num_matrices], result)
     if not bool(jnp.isfinite(result.error).all()):
         broken = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(result.error))]

@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads wait by spinning, and the cores are shared
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # the partitioner's notes on shapes this small
 
 
