@@ -12,6 +12,7 @@ from absl import app, flags
 ROOT = Path(__file__).parents[1]
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the tables")
 COMMANDS = {
+    "serve_load": ("bench.serve_load",),
     "checkpoint_memory": ("bench.checkpoint_memory",),
     "decoding": ("bench.decoding",),
     "worlds": ("a2d_jax.demo", "--from_scratch", "--seeds=0,1,2"),

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -90,6 +92,19 @@ def test_a_record_holds_the_recording(decoded):
     assert {slot["kind"] for slot in stopped["slots"]} == {"mask"}
     with pytest.raises(ValueError, match="trace=True"):
         trace_record(tokenizer, "", "", [], result._replace(trace=None), 0, a2d_jax.SamplerConfig())
+
+
+def test_generate_writes_the_page_of_filled_blanks(tmp_path):
+    page = tmp_path / "trace.html"
+    command = [
+        sys.executable, "-m", "a2d_jax.generate", f"--checkpoint={WORLD_BASE}", "--prompt=the <mask:2> cake",
+        f"--trace={page}", "--dtype=float32",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    data = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    (record,) = json.loads(data)
+    assert record["parts"] == ["the", [0, 2], "cake"] and record["passes"] == 2
+    assert record["answer"].split()[1:-1] == [slot["text"] for slot in record["slots"]]
 
 
 def test_text_cannot_leave_its_data_block():
