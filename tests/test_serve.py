@@ -154,6 +154,11 @@ def test_an_answer_that_ends_stops(start, loaded):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_cached_and_parallel_decoding_are_served_too(start, loaded):
+    config = a2d_jax.SamplerConfig(gen_length=8, steps=8, block_length=4, cache="dual", threshold=0.9)
+    assert start(config).ask().choices[0].message.content == expected_text(loaded, config=config)[0]
+
+
 def test_max_tokens_takes_whole_blocks_and_cuts(server, loaded):
     config = a2d_jax.SamplerConfig(gen_length=4, steps=4, block_length=4)
     answer = server.ask(max_tokens=3)
@@ -403,3 +408,11 @@ def test_text_that_may_become_a_stop_text_is_held_back(loaded):
     assert answer.extend(ids[:4], False) == "" and answer.finish_reason == "stop" and answer.text == "mix milk"
     other = Answer(tokenizer, 100, stop=["with oil"])
     assert [other.extend(ids[:n], False) for n in (3, 4)] == ["mix milk", " with honey"]
+
+
+def test_nothing_behind_the_end_of_the_turn_is_given_out(loaded):
+    _, tokenizer = loaded
+    ids = [*tokenizer.encode("mix milk"), tokenizer.eos_id, *tokenizer.encode("with salt")]
+    answer = Answer(tokenizer, 100)
+    assert answer.extend(ids, False) == "mix milk"
+    assert (answer.finish_reason, answer.num_tokens) == ("stop", 3)
