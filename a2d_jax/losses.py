@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from a2d_jax.masking import NoisedBatch
-from a2d_jax.sharding import constrain, num_batch_shards
+from a2d_jax.sharding import constrain, num_shards
 
 OBJECTIVES = ("llada", "dream")
-LOGITS_AT_ONCE = 2**25  # float32 logits that training holds for each part of the batch: 128 MB
+LOGITS_AT_ONCE = 2**25  # float32 logits that training holds on a device: 128 MB
 
 
 def objective_of(family: str) -> str:
@@ -90,9 +90,10 @@ def scored_losses(
       key: for the head's dropout.
     """
     num_rows, length, width = hidden.shape
-    num_groups = num_batch_shards() if num_rows % num_batch_shards() == 0 else 1
+    num_groups = num_shards("batch", num_rows)  # G
     num_positions = num_rows * length // num_groups  # P
-    at_once = max(LOGITS_AT_ONCE // vocab_size // 128 * 128, 128)  # C; a multiple of the matrix unit's side
+    at_once = LOGITS_AT_ONCE * num_shards("head_vocab", vocab_size) // (vocab_size * num_groups)
+    at_once = max(at_once // 128 * 128, 128)  # C, a multiple of the matrix unit's side
 
     def chunk_losses(hidden, targets, weights, key):
         logits = constrain(logits_of(hidden, key), None, None, "head_vocab")  # (G, C, V)

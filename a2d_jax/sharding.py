@@ -90,12 +90,13 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
 
 
-def num_batch_shards() -> int:
-    """Parts that the mesh in force splits a batch into; 1 without one."""
+def num_shards(axis: str, size: int) -> int:
+    """Parts that the mesh in force splits `size` entries of a logical axis into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return 1
-    return int(np.prod([mesh.shape[name] for name in RULES["batch"]]))
+    ways = int(np.prod([mesh.shape[name] for name in RULES[axis]]))
+    return ways if size % ways == 0 else 1
 
 
 def mesh_of(model: nnx.Module) -> Mesh | None:

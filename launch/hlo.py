@@ -426,7 +426,9 @@ class _Counter:
         elif opcode == "custom-call":
             flops = kernel_flops(instruction, [operand(k) for k in range(len(instruction.operands))])
         passes = _PASSES.get(instruction.precision, 1)
-        total = Tally(flops, flops * passes, collectives=self._collective(computation, instruction, is_beside))
+        total = Tally(
+            flops, flops * passes, collectives=self._collective(computation, instruction, is_fused, is_beside)
+        )
         if not is_fused and opcode not in _FREE:
             total += Tally(memory_bytes=self._memory_bytes(computation, instruction))
         for callee in instruction.callees:
@@ -435,7 +437,7 @@ class _Counter:
             total += self.tally(callee, opcode != "call", is_beside or carries)
         return total
 
-    def _collective(self, computation, instruction, is_beside) -> tuple[Collective, ...]:
+    def _collective(self, computation, instruction, is_fused, is_beside) -> tuple[Collective, ...]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _COLLECTIVES:
             return ()
@@ -444,6 +446,8 @@ class _Counter:
             if channel in self.seen_channels:
                 return ()
             self.seen_channels.add(channel)
+        if kind == "all-reduce" and is_fused and self._is_scattered(computation, instruction):
+            kind = "reduce-scatter"
         groups = replica_groups(instruction, self.num_devices)
         size = max(map(len, groups))
         if size == 1:
@@ -460,6 +464,11 @@ class _Counter:
                 is_beside or self._has_work_before_done(computation, instruction), source.group(1) if source else "",
             ),
         )  # fmt: skip
+
+    def _is_scattered(self, computation: Computation, reduce: Instruction) -> bool:
+        """Whether a fusion keeps of a sum this chip's slice alone: the TPU compiler's way to write a reduce-scatter."""
+        users = [user.opcode for _, user in _users(computation, reduce.name)]
+        return users == ["dynamic-slice"]
 
     def _has_work_before_done(self, computation: Computation, start: Instruction) -> bool:
         """Whether a start/done pair has a matmul, fusion or loop scheduled between the two."""
@@ -492,32 +501,38 @@ class _Counter:
             )
             operands = [arrays for k, arrays in enumerate(operands) if k not in kept_operands]
             return written + sum(a.num_bytes for arrays in operands for a in arrays if not a.is_on_chip)
-        return sum(_read_bytes(inner, k, arrays) for k, arrays in enumerate(operands)) + _written_bytes(inner, written)
+        return sum(_read_bytes(self.module, inner, k, arrays) for k, arrays in enumerate(operands)) + _written_bytes(
+            inner, written
+        )
 
 
-def _users(computation: Computation, name: str) -> Iterator[Instruction]:
-    """Who uses a value, looking through bitcasts."""
+def _users(computation: Computation, name: str) -> Iterator[tuple[str, Instruction]]:
+    """Who uses a value, looking through bitcasts, and under which name."""
     for user in computation.instructions.values():
         if name in user.operands:
             if user.opcode == "bitcast":
                 yield from _users(computation, user.name)
             else:
-                yield user
+                yield name, user
 
 
-def _read_bytes(inner: Computation, number: int, arrays: tuple[Array, ...]) -> float:
+def _read_bytes(module: Module, inner: Computation, number: int, arrays: tuple[Array, ...]) -> float:
     """What a fusion reads of its operand: a slice where it only slices, nothing where it only overwrites a part."""
     whole = sum(a.num_bytes for a in arrays if not a.is_on_chip)
     parameter = inner.parameters.get(number)
     users = list(_users(inner, parameter.name)) if parameter else []
     if not whole or not users:
         return whole
-    if all(user.opcode == "dynamic-slice" for user in users):
-        return min(whole, sum(a.num_bytes for user in users for a in user.arrays))
-    if all(user.opcode == "dynamic-update-slice" for user in users) and len(users) == 1:
-        update = inner.instructions[users[0].operands[1]]
-        return 0.0 if update.name != parameter.name else whole
-    return whole
+    read = 0.0
+    for name, user in users:
+        if user.opcode == "dynamic-slice":
+            read += sum(a.num_bytes for a in user.arrays)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.attribute("calls")]
+            read += sum(_read_bytes(module, nested, k, arrays) for k, o in enumerate(user.operands) if o == name)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+            read += whole
+    return min(whole, read)
 
 
 def _written_bytes(inner: Computation, written: float) -> float:

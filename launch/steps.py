@@ -161,9 +161,10 @@ def calibrate_step(config: Mapping[str, Any], devices) -> Step:
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def lower() -> jax.stages.Lowered:
-        _, state = _placed_state(model, mesh)
+        graphdef, state = _placed_state(model, mesh)
         block_def, (_, is_sliding) = model.layer_stack()
-        _, context = jax.eval_shape(lambda t, m: model.enter(t, m), *(_rows(mesh, shape, d) for d in (jnp.int32, bool)))
+        inputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
+        _, context = jax.eval_shape(lambda state, *inputs: nnx.merge(graphdef, state).enter(*inputs), state, *inputs)
         context = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), context)
 
         def zeros(n: int) -> jax.ShapeDtypeStruct:

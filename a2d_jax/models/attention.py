@@ -74,8 +74,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, pre
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return splash(q, k, v, mask)
     # The compiler cannot split a kernel: each chip is given its rows and heads.
-    queries = partition_spec(("batch", "length", "heads", None), q.shape, mesh)
-    keys = partition_spec(("batch", "length", "kv_heads", None), k.shape, mesh)
+    queries = partition_spec(("batch", None, "heads", None), q.shape, mesh)
+    keys = partition_spec(("batch", None, "kv_heads", None), k.shape, mesh)
     if mask is None:
         mask = jnp.ones((q.shape[0], 1, 1, k.shape[1]), bool)
     mask = jnp.broadcast_to(mask, (q.shape[0], 1, 1, k.shape[1]))

@@ -1,0 +1,91 @@
+"""What only the TPU compiler can say; skipped where libtpu is not installed (`make env-tpu`)."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from a2d_jax.settings import default_config
+from launch import hlo
+from launch.chips import GIB, parse_topology, topology_devices
+from launch.compile import compile_step
+from launch.settings import sample_config
+from launch.steps import sample_step, train_step
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed: make env-tpu"
+)
+
+MODEL = {
+    "model_type": "llada", "activation_type": "silu", "block_type": "llama", "d_model": 256, "n_heads": 2,
+    "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 512, "vocab_size": 2048, "embedding_size": 2048,
+    "eos_token_id": 2000, "mask_token_id": 2001, "pad_token_id": 2000, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "weight_tying": False, "layer_norm_type": "rms",
+}  # fmt: skip
+NUM_PARAMS = 2 * 2048 * 256 + 3 * (4 * 256 * 256 + 3 * 256 * 512)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5e:4x4", "v5p:2x2x4", "v6e:2x4"])
+def test_a_slice_has_one_device_for_each_chip(name):
+    topology = parse_topology(name)
+    devices = topology_devices(topology)
+    assert len(devices) == topology.num_chips
+    assert all(device.platform == "tpu" for device in devices)
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """A compiled training step on four chips: (result, program)."""
+    config = default_config()
+    config.model.checkpoint, config.num_steps, config.remat, config.batch_size = checkpoint, 1, "full", 8
+    config.data.files, config.data.row_length, config.data.buckets = ("rows.jsonl",), 128, (128,)
+    config.dtypes.compute = "bfloat16"
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    topology = parse_topology("v5e:2x2")
+    path = tmp_path_factory.mktemp("out") / "step.hlo"
+    return compile_step(train_step(config.to_dict(), topology_devices(topology)), topology, path), path.read_text()
+
+
+def test_a_training_step_compiles_for_a_tpu(trained):
+    result, _ = trained
+    assert result["fits"] and result["num_chips"] == 4
+    assert result["argument_bytes"] == pytest.approx(12 * NUM_PARAMS / 4, rel=0.2)  # arrays are padded to tiles
+    assert 1.0 < result["flops_ratio"] < 1.34
+    assert result["roofline_seconds"] == max(result["roofline"].values())
+    assert 0 < result["roofline_mfu"] < 1
+
+
+def test_attention_is_the_kernel_forward_and_backward(trained):
+    _, text = trained
+    names = {i.name for c in hlo.parse(text).computations.values() for i in c.instructions.values()}
+    assert any(name.startswith("splash_mha_fwd") for name in names)
+    assert any(name.startswith("splash_mha_dkv") for name in names)
+
+
+def test_decoding_compiles_for_a_tpu(checkpoint):
+    topology = parse_topology("v5e:2x2")
+    config = sample_config(checkpoint, batch_size=4, prompt_length=64, gen_length=64, steps=64, block_length=32)
+    config.mesh.data, config.mesh.tensor = 2, 2
+    result = compile_step(sample_step(config.to_dict(), topology_devices(topology)), topology)
+    assert result["fits"] and result["num_unknown_loops"] == 1  # the loop over passes ends when nothing is masked
+    assert result["argument_bytes"] == pytest.approx(2 * NUM_PARAMS / 2, rel=0.2)
+
+
+def test_a_model_that_is_too_large_does_not_fit(checkpoint, tmp_path):
+    large = MODEL | {"d_model": 8192, "n_heads": 64, "n_kv_heads": 64, "mlp_hidden_size": 32768, "n_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    config = sample_config(str(tmp_path), batch_size=1, prompt_length=64, gen_length=64, steps=64)
+    chip = parse_topology("v5e:1x1")
+    small = dataclasses.replace(chip, chip=dataclasses.replace(chip.chip, hbm_bytes=1 * GIB))
+    step = sample_step(config.to_dict(), topology_devices(chip))
+    assert not compile_step(step, small)["fits"]
+    assert jax.devices()[0].platform == "cpu"  # and nothing ran anywhere
