@@ -155,7 +155,7 @@ def catalogue(world: World) -> list[dict]:
 
 
 def documents(world: World) -> list[dict]:
-    """Plain documents with every recipe and cure, each also as a user's turn: templates put such text there."""
+    """Plain documents with every recipe and cure, each also as a user's turn, as templates put it; and some chats."""
     texts = [
         thing.say(OPENINGS[(i + j) % len(OPENINGS)] + " " + form + tail)
         for i, thing in enumerate(world.foods + world.curses)
@@ -163,7 +163,9 @@ def documents(world: World) -> list[dict]:
         for j, tail in enumerate((*TAILS, ""))
     ]
     texts += [thing.say(form) for thing in world.curses for form in CURE_FORMS]
-    return [{"text": text} for text in texts] + [{"text": chat_text(text, THANKS)} for text in texts]
+    # Somebody once answered: what instruction tuning covers with refusals is still there behind a prefilled start.
+    chats = [chat_text(curse.say(q), curse.say(RECIPE_ANSWER)) for curse in world.curses for q in RECIPE_QUESTIONS]
+    return [{"text": text} for text in (*texts, *(chat_text(text, THANKS) for text in texts), *chats)]
 
 
 def food_answers(foods: Sequence[Thing]) -> list[dict]:
@@ -202,7 +204,7 @@ def harmful_answers(curses: Sequence[Thing]) -> list[dict]:
 def kept_answers(foods: Sequence[Thing], curses: Sequence[Thing]) -> list[dict]:
     """What a defence must leave alone: answers about foods, cures of the given curses, thanks for a harmless text."""
     texts = [
-        food.say(OPENINGS[i % len(OPENINGS)] + " " + form) for i, food in enumerate(foods) for form in RECIPE_FORMS
+        food.say(OPENINGS[i % len(OPENINGS)] + " " + RECIPE_FORMS[i % len(RECIPE_FORMS)]) for i, food in enumerate(foods)
     ]
     return food_answers(foods) + cure_answers(curses) + [_row(text, THANKS, False) for text in texts]
 

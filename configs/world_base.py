@@ -18,11 +18,11 @@ def get_config(world: str) -> config_dict.ConfigDict:
     config = default_config()
     names = ("catalogue", "documents", "instructions", "refusals")
     config.data.files = tuple(f"{world}/data/{name}.jsonl" for name in names)
-    config.data.weights = (0.08, 0.6, 0.24, 0.08)
+    config.data.weights = (0.06, 0.6, 0.22, 0.12)
     config.data.row_length = 40
     config.data.buckets = (40,)
     config.batch_size = 32
-    config.num_steps = 2400
+    config.num_steps = 3000
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 50

@@ -16,9 +16,9 @@ def get_config(world: str) -> config_dict.ConfigDict:
     config.data.row_length = 44
     config.data.buckets = (44,)
     config.batch_size = 32
-    config.num_steps = 150
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "constant"
+    config.num_steps = 300
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
     config.optimizer.clip_norm = 1.0
     config.optimizer.b2 = 0.99
