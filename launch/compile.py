@@ -38,8 +38,9 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 
 
 def used_bytes(message: str) -> float | None:
-    """Bytes of HBM that the compiler would have needed, from its refusal ("Used 21.5G of 15.75G hbm")."""
+    """Bytes of HBM that the compiler would have needed, from either form of its refusal."""
     found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    found = found or re.search(r"HLO temporaries \(([\d.]+)([KMG]?)\) exceeds", message)
     return float(found[1]) * _UNITS[found[2]] if found else None
 
 

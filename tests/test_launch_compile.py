@@ -357,6 +357,8 @@ def test_a_compiled_training_step_is_described(config):
 def test_a_refusal_of_the_compiler_names_the_memory_it_needs():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm."
     assert launch_compile.used_bytes(message) == 21.5 * 2**30
+    message = "the total memory required for HLO temporaries (19G) exceeds available HBM (15.75G)."
+    assert launch_compile.used_bytes(message) == 19 * 2**30
     assert launch_compile.used_bytes("INVALID_ARGUMENT") is None
 
 
