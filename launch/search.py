@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from a2d_jax.config import ModelConfig
 from a2d_jax.settings import RunConfig
 from launch.chips import GB, Topology
-from launch.settings import architecture, forward_flops, train_flops
+from launch.model_flops import forward_flops, train_flops
+from launch.settings import architecture
 
 # Bytes a token and layer that the backward pass finds in memory, in widths D and mlp widths F of the compute dtype.
 _SAVED = {"full": (1, 0), "dots": (6, 3), "none": (14, 5)}

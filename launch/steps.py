@@ -21,7 +21,8 @@ from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampling import response_plan
 from a2d_jax.settings import DTypeSettings, MeshSettings, RunConfig
 from a2d_jax.sharding import batch_sharding, make_mesh, param_shardings, partition_spec
-from launch.settings import architecture, forward_flops, train_flops
+from launch.model_flops import forward_flops, train_flops
+from launch.settings import architecture
 from odlri_jax import calibration
 from odlri_jax.decompose import DecomposeConfig, _decompose_stack
 
@@ -33,7 +34,6 @@ class Step(NamedTuple):
       title: what it does, for people.
       mesh: the chips it runs on.
       lower: traces it.
-      arguments: its arguments as shapes with shardings; None where the program places them itself.
       model_flops: matmul FLOPs that the method itself needs, over all chips; None where none is defined.
     """
 

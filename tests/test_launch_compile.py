@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from a2d_jax.settings import default_config
+from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.sharding import make_mesh
 from launch import compile as launch_compile
 from launch import hlo
 from launch.chips import CHIPS, GIB, parse_topology
-from launch.search import meshes
-from launch.settings import architecture, forward_flops, sample_config
+from launch.model_flops import forward_flops
+from launch.search import Candidate, estimate, meshes, search
+from launch.settings import architecture, sample_config
 from launch.steps import sample_step, train_step
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
@@ -352,6 +353,25 @@ def test_a_compiled_training_step_is_described(config):
     assert any(name.startswith("fsdp/") for name in result["collective_bytes"])
     text = launch_compile.describe(step.title, result, topology.chip.peak_flops)
     assert "FITS" in text and "every weight" in text
+
+
+def test_search_compiles_the_promising_and_ranks_them(config):
+    lines = []
+    result = search(changed(config), parse_topology("v5e:2x4"), jax.devices(), 2, "tiny", lines.append)
+    assert len(result["candidates"]) == 2 and len(lines) == 3
+    times = [candidate["roofline_seconds"] for candidate in result["candidates"]]
+    assert times == sorted(times) and result["roofline_seconds"] == times[0] and result["config"] == "tiny"
+
+
+def test_search_estimates_what_the_weights_alone_take(config):
+    config.model.checkpoint = "checkpoints/LLaDA-8B-Instruct"
+    run, model = RunConfig.from_dict(config), architecture("LLaDA-8B-Instruct")
+    by_hand = functools.partial(estimate, run=run, model=model, topology=parse_topology("v5e:4x4"))
+    whole, split = by_hand(Candidate(16, 1, 1, "full", 1)), by_hand(Candidate(1, 16, 1, "full", 1))
+    assert whole.memory_bytes > 16 * 8.0e9  # weights, two moments and gradients, 4 bytes each
+    assert split.memory_bytes == pytest.approx(whole.memory_bytes / 16, rel=0.02)
+    heads = by_hand(Candidate(1, 1, 16, "full", 1))
+    assert heads.seconds < split.seconds / 5  # one row a chip: moving activations is cheaper than moving weights
 
 
 def test_a_refusal_of_the_compiler_names_the_memory_it_needs():
