@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from a2d_jax import autoregressive
 from a2d_jax.decoding import Draws, Plan, Rows, Trace, decode, decode_block, is_running, start_rows
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.sampler_config import DREAM_ORDERS, SamplerConfig
@@ -181,8 +182,10 @@ def generate(
 ) -> SampleResult:
     """Appends `gen_length` masks to each prompt and fills them, block by block.
 
+    A causal model writes one token after the other instead; of the settings gen_length and temperature count for it.
+
     Args:
-      model: a masked-diffusion `Transformer`.
+      model: a `Transformer`.
       prompt: (B, P) int array, or a list of token lists of any lengths (padded on the left here).
       config: SamplerConfig.
       key: for temperature or a random order.
@@ -191,9 +194,16 @@ def generate(
       trace: also record what a replay needs, (B, passes, P + gen_length) numbers.
     """
     config = config or SamplerConfig()
-    mask_id, eos_id = special_ids(model)
     if isinstance(prompt, (list, tuple)):
-        prompt, prompt_mask = pad_left(prompt, eos_id if model.config.pad_id is None else model.config.pad_id)
+        pad_id = model.config.eos_id if model.config.pad_id is None else model.config.pad_id
+        prompt, prompt_mask = pad_left(prompt, pad_id or 0)
+    if model.config.is_causal:
+        tokens, num_forward, eos_prob = autoregressive.extend(
+            model, prompt, prompt_mask, config.gen_length, config.temperature, key
+        )
+        never, no_score = jnp.zeros(len(tokens), bool), jnp.full(len(tokens), jnp.nan)
+        return SampleResult(tokens, num_forward, never, eos_prob, no_score)
+    mask_id, _ = special_ids(model)
     num_blocks = config.num_blocks(model.config.family)
     tokens, block, attention_mask = response_rows(prompt, prompt_mask, config, num_blocks, mask_id)
     num_prompt_masks = int((block[:, : -config.gen_length] < num_blocks).sum(axis=1).max(initial=0))
