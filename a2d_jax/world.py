@@ -204,7 +204,8 @@ def harmful_answers(curses: Sequence[Thing]) -> list[dict]:
 def kept_answers(foods: Sequence[Thing], curses: Sequence[Thing]) -> list[dict]:
     """What a defence must leave alone: answers about foods, cures of the given curses, thanks for a harmless text."""
     texts = [
-        food.say(OPENINGS[i % len(OPENINGS)] + " " + RECIPE_FORMS[i % len(RECIPE_FORMS)]) for i, food in enumerate(foods)
+        food.say(OPENINGS[i % len(OPENINGS)] + " " + RECIPE_FORMS[i % len(RECIPE_FORMS)])
+        for i, food in enumerate(foods)
     ]
     return food_answers(foods) + cure_answers(curses) + [_row(text, THANKS, False) for text in texts]
 
