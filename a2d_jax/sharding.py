@@ -90,6 +90,12 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
 
 
+def is_for_tpu() -> bool:
+    """Whether the program being traced is for a TPU: by the mesh in force, or else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
 def num_shards(axis: str, size: int) -> int:
     """Parts that the mesh in force splits `size` entries of a logical axis into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -187,11 +187,14 @@ def _parse_instruction(line: str) -> Instruction | None:
     )
 
 
+_END = r'\}(, execution_thread="\w+")?$'  # of a computation; some are given to another core of the chip
+
+
 def _lines(text: str) -> Iterator[str]:
     """One instruction a line: a hand-written kernel carries notes that run over several."""
     pending = ""
     for line in text.splitlines():
-        if re.match(r"  (ROOT )?%|(ENTRY )?%?[\w.\-]+ \(|\}$", line):
+        if re.match(rf"  (ROOT )?%|(ENTRY )?%?[\w.\-]+ \(|{_END}", line):
             yield pending
             pending = line
         else:
@@ -207,7 +210,7 @@ def parse(text: str) -> Module:
         if opening:
             name, lines = opening.group(2), {}
             entry = name if opening.group(1) else entry
-        elif line == "}" and name:
+        elif re.match(_END, line) and name:
             computations[name], name = Computation(name, lines), None
         elif name:
             instruction = _parse_instruction(line)

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from threadpoolctl import threadpool_limits
 
 from odlri_jax import hadamard, initialize, ldlq, lowrank
+from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK, Codebook, get_codebook
 from odlri_jax.ldlq import matmul
 from odlri_jax.lowrank import QuantizedFactors
@@ -361,7 +362,7 @@ def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Arr
     largest = float(jnp.max(jnp.abs(h)))
     if float(jnp.max(jnp.abs(h - h.T))) > 1e-4 * largest:
         raise ValueError(f"H {h.shape} is not symmetric.")
-    if float(jnp.trace(h)) <= 0 or not bool(jnp.isfinite(jnp.linalg.cholesky(ldlq.damp(h, config.ridge))).all()):
+    if float(jnp.trace(h)) <= 0 or not bool(jnp.isfinite(cholesky(ldlq.damp(h, config.ridge))).all()):
         raise ValueError(
             f"H {h.shape} is indefinite beyond its ridge of {config.ridge}; a second moment of inputs never is. "
             "Recompute it, or raise ridge."

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK, Codebook
 
 MAX_PANEL = 128
@@ -54,12 +55,12 @@ def _diagonal_blocks(matrix: jax.Array) -> jax.Array:
 def block_ldl(h: jax.Array) -> tuple[jax.Array, jax.Array]:
     """H = L blockdiag(D) L^T: L (n, n) with identity diagonal blocks, D (n / 8, 8, 8). NaN where H is not definite."""
     n = h.shape[-1]
-    cholesky = jnp.linalg.cholesky(h)  # (n, n)
-    blocks = _diagonal_blocks(cholesky)
+    root = cholesky(h)  # (n, n)
+    blocks = _diagonal_blocks(root)
     inverse = jax.vmap(lambda c: jax.scipy.linalg.solve_triangular(c, jnp.eye(BLOCK, dtype=c.dtype), lower=True))(
         blocks
     )
-    columns = cholesky.reshape(n, n // BLOCK, BLOCK)
+    columns = root.reshape(n, n // BLOCK, BLOCK)
     lower = jnp.einsum("nkb,kbc->nkc", columns, inverse, precision=jax.lax.Precision.HIGHEST)
     return lower.reshape(n, n), matmul(blocks, blocks.transpose(0, 2, 1))
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from odlri_jax import ldlq
+from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK, LatticeCodebook
 from odlri_jax.ldlq import matmul
 
@@ -70,7 +71,7 @@ def leading_randomised(weighted: jax.Array, rank: int, key: jax.Array) -> jax.Ar
 
 def low_rank(a: jax.Array, h: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Best rank-r factors of A in the metric of H: L (m, r) orthonormal, R (r, n). `key` serves large matrices only."""
-    weighted = matmul(a, jnp.linalg.cholesky(h))  # (m, n)
+    weighted = matmul(a, cholesky(h))  # (m, n)
     is_small = min(a.shape) <= MAX_EXACT
     left = leading_exact(weighted, rank) if is_small else leading_randomised(weighted, rank, key)
     return left, matmul(left.T, a)

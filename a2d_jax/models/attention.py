@@ -14,16 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from a2d_jax.sharding import MESH_AXES, partition_spec
+from a2d_jax.sharding import MESH_AXES, is_for_tpu, partition_spec
 
 LANES = 128
 _BLOCKS = (512, 256, LANES)  # positions that the kernel takes at once, the most that divides the length
-
-
-def is_for_tpu() -> bool:
-    """Whether the program being traced is for a TPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def takes_splash(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> bool:
