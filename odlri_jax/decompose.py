@@ -3,8 +3,9 @@
     L_0 R_0 <- start;   Q_t <- Quantize(W - L_{t-1} R_{t-1});   L_t, R_t <- LowRank(W - Q_t),   t = 1..T
 
 (CALDERA, arXiv 2405.18886; start of ODLRI, arXiv 2506.02077.) The error is sqrt(tr(E H E^T) / tr(W H W^T)), E = W - Q
-- L R, with the damped H. The best iterate is kept. A step never ends above the error it began with: the sweeps of Q
-start from the better of the fresh rounding and the Q before, and 4-bit factors from the pair before.
+- L R, with the damped H. The best iterate is kept. No step raises the error it works on: sweeps of Q are accepted row
+by row, the closed form of the factors is optimal, and quantised factors start from the pair before. Q itself is rounded
+afresh in every iteration: carried over wherever it was better, it held the alternation in its first local minimum.
 
 W is divided by its root mean square, and with `hadamard` rotated with H (`hadamard.py`); Q lives in that basis.
 Quantised factors always live in the rotated basis, which their rounding needs. `published` replays the published code
@@ -31,7 +32,7 @@ from odlri_jax.codebooks import BLOCK, Codebook, get_codebook
 from odlri_jax.ldlq import matmul
 from odlri_jax.lowrank import QuantizedFactors
 
-INITS = ("zero", "svd", "odlri", "auto")
+INITS = ("zero", "svd", "svd_w", "odlri", "auto")
 SCOUT_ITERS, SCOUT_TUNE_ITERS, SCOUT_INNER_ITERS = 4, 2, 2  # how far "auto" follows each start
 
 
@@ -42,7 +43,8 @@ class DecomposeConfig:
     Attributes:
       rank: r; a multiple of 8 when the factors are quantised.
       num_outliers: k of the odlri start.
-      init: "zero", "svd", "odlri", or "auto": the start (and k) whose first iterations end lowest.
+      init: a start of `initialize.py` ("zero", "svd", "svd_w", "odlri"), or "auto": the one (of zero, svd, and odlri
+        with several k) whose first iterations end lowest.
       q_bits: bits a weight of Q.
       q_codebook: "e8p" (2, 3, 4 bits), "uniform" or "normal_float".
       group: columns that share a scale with the last two.
@@ -164,12 +166,10 @@ class Decomposition:
 
     @property
     def num_bits_per_weight(self) -> float:
-        """Bits of everything stored, scales and signs included, over m n."""
-        m, n = self.q.shape
-        bits = self.config.q_bits * m * n + self.config.lr_bits * self.config.rank * (m + n)
-        bits += 32 * 3 + 32 + 16 * (self.q_scale.size - 1)  # three scalars in float32, and the scales of Q
-        bits += (m + n) * self.config.rotates_factors
-        return bits / (m * n)
+        """Bits of everything that the packed form stores, scales and signs included, over m n."""
+        from odlri_jax.packing import matrix_bits  # which packs decompositions, and so imports this file
+
+        return matrix_bits(self.q.shape, self.config)
 
 
 def starts(config: DecomposeConfig) -> list[tuple[str, int]]:
@@ -210,16 +210,11 @@ def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, 
         # Sums over all rows (scales, errors, the low-rank step) then have the same bits on any number of devices.
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
-    def quantize(target, old_q, old_scale, has_old):
+    def quantize(target):
         target = replicated(target)
         scale = ldlq.block_scale(target, codebook, config.group)
-        if config.published:
-            return replicated(ldlq.quantize(target, q_factors, scale, codebook, config.tune_iters, True, mesh)), scale
-        q = replicated(ldlq.quantize(target, q_factors, scale, codebook, 0, mesh=mesh))
-        old_error = jnp.where(has_old, ldlq.weighted_error(target - old_q, q_factors.h), jnp.inf)
-        is_better = ldlq.weighted_error(target - q, q_factors.h) <= old_error
-        q, scale = _best(is_better, (q, scale), (old_q, old_scale))
-        return replicated(ldlq.refine(target, q, q_factors, scale, codebook, config.tune_iters, mesh=mesh)), scale
+        q = ldlq.quantize(target, q_factors, scale, codebook, config.tune_iters, config.published, mesh)
+        return replicated(q), scale
 
     def fit_low_rank(residual, pair, pair_error, key):
         a = to_factors(residual, *signs)
@@ -232,8 +227,8 @@ def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, 
         )
 
     def outer_step(carry, step_key):
-        q, scale, low_rank, pair, has_pair, best = carry
-        q, scale = quantize(w - low_rank, q, scale, has_pair)
+        low_rank, pair, has_pair, best = carry
+        q, scale = quantize(w - low_rank)
         after_q = ldlq.weighted_error(w - q - low_rank, q_factors.h)
         # The published code also compares the error between the steps, once both parts have been fitted.
         middle = (q, scale, pair, relative(jnp.where(has_pair, after_q, jnp.inf)))
@@ -243,14 +238,14 @@ def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, 
         error = relative(ldlq.weighted_error(w - q - low_rank, q_factors.h))
         end = (q, scale, pair, error)
         best = _best(error < best[-1], end, best)
-        carry = (q, scale, low_rank, pair, jnp.ones((), bool), best)
+        carry = (low_rank, pair, jnp.ones((), bool), best)
         return carry, (relative(after_q), error, jnp.mean(scale))
 
     rank = config.rank
     pair = QuantizedFactors(jnp.zeros((m, rank)), jnp.zeros((rank, n)), one, one, jnp.inf * one)
     nothing = jnp.zeros_like(w)
     scale = jnp.ones_like(ldlq.block_scale(w, codebook, config.group))
-    carry = (nothing, scale, low_rank_start, pair, jnp.zeros((), bool), (nothing, scale, pair, jnp.inf * one))
+    carry = (low_rank_start, pair, jnp.zeros((), bool), (nothing, scale, pair, jnp.inf * one))
     carry, lists = jax.lax.scan(outer_step, carry, jax.random.split(key, config.outer_iters))
     return carry[-1], lists
 

@@ -2,6 +2,7 @@
 
     zero    L R = 0
     svd     argmin over rank r of tr((W - L R) H (W - L R)^T)
+    svd_w   the same with the identity for H: the truncated singular value decomposition of W
     odlri   the same with H_o, which keeps only the top-k input channels by diag(H) (ODLRI, arXiv 2506.02077, section 3)
 
 With k <= r the odlri start is exactly W on the k channels and zero elsewhere. With k > r it is the best rank-r
@@ -38,9 +39,11 @@ def odlri_start(w: jax.Array, h: jax.Array, rank: int, num_outliers: int) -> jax
 
 
 def start(name: str, w: jax.Array, h: jax.Array, rank: int, num_outliers: int, key: jax.Array) -> jax.Array:
-    """L R (m, n) of the start called "zero", "svd" or "odlri"."""
+    """L R (m, n) of the start called "zero", "svd", "svd_w" or "odlri"."""
     if name == "zero":
         return jnp.zeros_like(w)
     if name == "svd":
         return svd_start(w, h, rank, key)
+    if name == "svd_w":
+        return svd_start(w, jnp.eye(len(h), dtype=h.dtype), rank, key)
     return odlri_start(w, h, rank, num_outliers)

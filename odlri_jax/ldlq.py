@@ -193,23 +193,6 @@ def quantize(
     return _over_rows(rows, mesh, (w, block_units(scale, w.shape[1])), (factors, num_sweeps, accept_always))
 
 
-def refine(
-    w: jax.Array,
-    q: jax.Array,
-    factors: Factors,
-    scale: jax.Array,
-    codebook: Codebook,
-    num_sweeps: int | jax.Array,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """Sweeps alone, from a given Q; arguments of `quantize`. -> Q (m, n), whose error no row raises."""
-
-    def rows(w, q, scale, factors, num_sweeps):
-        return tune(w, q, factors, scale, codebook, num_sweeps)
-
-    return _over_rows(rows, mesh, (w, q, block_units(scale, w.shape[1])), (factors, num_sweeps))
-
-
 def block_units(scale: jax.Array, n: int) -> jax.Array:
     """() or (m, groups) -> (1 or m, n / 8), the unit of each block."""
     scale = jnp.reshape(scale, (1, 1)) if jnp.ndim(scale) == 0 else scale

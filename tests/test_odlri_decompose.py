@@ -11,23 +11,28 @@ from jax.sharding import Mesh
 
 from odlri_jax import DecomposeConfig, decompose, decompose_stack
 
-INITS = {"zero": "zero", "svd_aa": "svd", "odlri4": "odlri"}
-RUNS = [f"{init}_{basis}_lr{bits}" for basis in ("had", "nohad") for bits in (16, 4) for init in INITS]
+INITS = {"zero": "zero", "svd_aa": "svd", "svd_w": "svd_w", "odlri": "odlri"}
+FILES = ("run_64x128_r16", "run_128x256_r16")
 SMALL = DecomposeConfig(rank=8, num_outliers=4, init="svd", outer_iters=3, inner_iters=2, tune_iters=1)
 
 
 @pytest.fixture(scope="module")
 def recorded(fixtures):
-    with np.load(fixtures / "odlri" / "run_64x128_r16.npz") as file:
-        arrays = dict(file)
-    return arrays, json.loads((fixtures / "odlri" / "metrics.json").read_text())["run_64x128_r16"]["runs"]
+    """Of each file its arrays, its recorded runs by name, and their number of sweeps."""
+    metrics = json.loads((fixtures / "odlri" / "metrics.json").read_text())
+    files = []
+    for name in FILES:
+        with np.load(fixtures / "odlri" / f"{name}.npz") as file:
+            files.append((dict(file), metrics[name]["runs"], metrics[name]["quip_tune_iters"]))
+    return files
 
 
 def run(arrays, name, **settings):
-    init, basis, bits = re.fullmatch(r"(.*)_(had|nohad)_lr(\d+)", name).groups()
+    init, num_outliers, basis, bits = re.fullmatch(r"(.*?)(\d*)_(had|nohad)_lr(\d+)", name).groups()
     config = DecomposeConfig(
-        rank=16, num_outliers=4, init=INITS[init], lr_bits=int(bits), hadamard=basis == "had", **settings
-    )
+        rank=16, num_outliers=int(num_outliers or 1), init=INITS[init], lr_bits=int(bits), hadamard=basis == "had",
+        **settings,
+    )  # fmt: skip
     return decompose(arrays["W"], arrays["H_raw"], config, jax.random.key(0), signs=(arrays["SV"], arrays["SU"]))
 
 
@@ -36,32 +41,39 @@ def relative_error(w, approximation, h):
     return np.sqrt(np.trace(error @ h @ error.T) / np.trace(w.astype(np.float64) @ h @ w.T))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_published_mode_replays_the_recorded_run(recorded, name):
-    arrays, runs = recorded
-    d, expected = run(arrays, name, published=True), runs[name]
-    assert float(d.q_scales[0]) == pytest.approx(expected["Q_scale"][0], rel=1e-4)
-    assert float(d.weight_scale) == pytest.approx(expected["global_scale"], rel=1e-5)
-    # Roundings near a tie part ways and the published sweeps amplify it; the signs of singular vectors, which are free,
-    # decide how 4-bit factors are rounded.
-    assert float(d.error) == pytest.approx(expected["best"], rel=0.05 if name.endswith("16") else 0.15)
-    if name in ("odlri4_nohad_lr16", "zero_nohad_lr16"):  # here the first iteration stays together
-        assert float(d.errors_after_q[0]) == pytest.approx(expected["err_after_Q"][0], rel=0.01)
-        assert float(d.errors[0]) == pytest.approx(expected["err_after_LR"][0], rel=0.01)
+def test_published_mode_replays_every_recorded_run(recorded):
+    """Start by start: the first scale of Q, and the best error.
+
+    Roundings near a tie part ways, and the published sweeps, which may go up, amplify it: W changed by 1e-7 moves the
+    best error of a single run by up to a tenth. So a run is held to a wide bound, and all of them together to 3%.
+    """
+    ratios = {"16": [], "4": []}
+    for arrays, runs, tune_iters in recorded:
+        for name, expected in runs.items():
+            d, bits = run(arrays, name, tune_iters=tune_iters, published=True), name.rsplit("lr")[-1]
+            assert float(d.q_scales[0]) == pytest.approx(expected["Q_scale"][0], rel=1e-4), name
+            assert float(d.weight_scale) == pytest.approx(expected["global_scale"], rel=1e-5), name
+            assert float(d.error) == pytest.approx(expected["best"], rel=0.05 if bits == "16" else 0.15), name
+            ratios[bits].append(float(d.error) / expected["best"])
+            if name in ("odlri4_nohad_lr16", "zero_nohad_lr16"):  # here the first iteration stays together
+                assert float(d.errors_after_q[0]) == pytest.approx(expected["err_after_Q"][0], rel=0.01)
+                assert float(d.errors[0]) == pytest.approx(expected["err_after_LR"][0], rel=0.01)
+    assert len(ratios["16"]) == 14 and len(ratios["4"]) == 12
+    for of_bits in ratios.values():
+        assert np.exp(np.mean(np.log(of_bits))) == pytest.approx(1, abs=0.03)
 
 
 def test_the_improved_mode_ends_below_every_recorded_run(recorded):
-    arrays, runs = recorded
-    ratios = {}
-    for name in RUNS:
-        d = run(arrays, name, outer_iters=5, inner_iters=3, tune_iters=4)  # a third of the recorded effort
-        ratios[name] = float(d.error) / runs[name]["best"]
-        assert ratios[name] <= 1, name
-        assert relative_error(arrays["W"], d.dense(), arrays["H"]) == pytest.approx(float(d.error), rel=1e-3)
-        errors = np.ravel(np.stack([d.errors_after_q, d.errors], axis=1))
-        # No step ends above the one before; the first factors replace a start that was not rounded.
-        assert (errors[2:] <= errors[1:-1] * (1 + 1e-4)).all(), name
-    four_bit = [ratio for name, ratio in ratios.items() if name.endswith("lr4")]
+    four_bit = []
+    for arrays, runs, tune_iters in recorded:
+        for name, expected in runs.items():
+            d = run(arrays, name, tune_iters=tune_iters, inner_iters=3)  # of 10 recorded
+            assert float(d.error) <= expected["best"], name
+            four_bit += [float(d.error) / expected["best"]] if name.endswith("lr4") else []
+            assert relative_error(arrays["W"], d.dense(), arrays["H"]) == pytest.approx(float(d.error), rel=1e-3)
+            # A low-rank step never raises the error it finds. Factors on the lattice have no pair to beat at first.
+            first = 0 if name.endswith("lr16") else 1
+            assert (d.errors[first:] <= d.errors_after_q[first:] * (1 + 1e-4)).all(), name
     assert np.exp(np.mean(np.log(four_bit))) < 0.8
 
 
@@ -116,8 +128,8 @@ def test_roles_and_bits():
     size = np.sqrt(np.trace(w @ damped @ w.T))
     for role, part in ((d.q_role, np.asarray(d.dense_q())), (d.lr_role, np.asarray(d.dense_low_rank()))):
         assert float(role) == pytest.approx(np.sqrt(np.trace(part @ damped @ part.T)) / size, rel=1e-3)
-    # 2 bits, 8 (16 + 32) factors of 16 bits, four scalars, 48 signs.
-    assert d.num_bits_per_weight == pytest.approx((2 * 512 + 16 * 8 * 48 + 128 + 48) / 512)
+    # 2 bits, 8 (16 + 32) factors of 16 bits, two scalars, 48 signs.
+    assert d.num_bits_per_weight == pytest.approx((2 * 512 + 16 * 8 * 48 + 64 + 48) / 512)
 
 
 def changed(array, index, value):
@@ -155,7 +167,7 @@ def test_a_dead_layer_warns_and_uses_the_identity():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "random"}, "zero, svd, odlri, auto"),
+        ({"init": "random"}, "zero, svd, svd_w, odlri, auto"),
         ({"lr_bits": 8}, "16 bits, or 4, 3 or 2"),
         ({"rank": 12, "lr_bits": 4}, "multiple of 8"),
         ({"q_bits": 5}, "2, 3 or 4 bits"),
