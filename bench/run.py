@@ -11,11 +11,15 @@ from absl import app, flags
 
 ROOT = Path(__file__).parents[1]
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the tables")
+# {out} stands for that folder.
 COMMANDS = {
-    "serve_load": ("bench.serve_load",),
-    "checkpoint_memory": ("bench.checkpoint_memory",),
-    "decoding": ("bench.decoding",),
-    "worlds": ("a2d_jax.demo", "--from_scratch", "--seeds=0,1,2"),
+    "serve_load": ("bench.serve_load", "--out={out}"),
+    "checkpoint_memory": ("bench.checkpoint_memory", "--out={out}"),
+    "decoding": ("bench.decoding", "--out={out}"),
+    "soak_compress": ("bench.soak_compress", "--out={out}/soak_compress"),
+    "smollm2": ("bench.smollm2", "--target={out}/smollm2"),
+    "odlri": ("bench.odlri_study", "--smollm2={out}/smollm2", "--out={out}/odlri", "--full"),
+    "worlds": ("a2d_jax.demo", "--from_scratch", "--seeds=0,1,2", "--out={out}/worlds"),
 }
 _ONLY = flags.DEFINE_list("only", list(COMMANDS), "benchmarks to run")
 
@@ -24,10 +28,9 @@ def main(_) -> None:
     for name in _ONLY.value:
         if name not in COMMANDS:
             raise ValueError(f"--only={name}: unknown benchmark; choose from {sorted(COMMANDS)}.")
-        module, *arguments = COMMANDS[name]
-        out = Path(_OUT.value) / "worlds" if name == "worlds" else Path(_OUT.value)
+        command = [argument.format(out=Path(_OUT.value).absolute()) for argument in COMMANDS[name]]
         print(f"== {name}", flush=True)
-        subprocess.run([sys.executable, "-m", module, *arguments, f"--out={out}"], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", *command], check=True, cwd=ROOT)
     print(f"tables in {_OUT.value}")
 
 
