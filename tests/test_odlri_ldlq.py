@@ -81,7 +81,7 @@ def test_every_block_equals_the_recorded_one_ties_aside(recorded, name, basis):
         key = f"Q{basis}_E8P12_tune{num_sweeps}"
         q, expected = np.asarray(rounded(w, h, num_sweeps=num_sweeps, accept_always=True)), files[name][key]
         parted[num_sweeps] = rows_that_differ(q, expected, w)
-        tolerance = 1e-3 if len(parted[num_sweeps]) else 1e-5
+        tolerance = (1e-2 if num_sweeps else 1e-3) if len(parted[num_sweeps]) else 1e-5
         assert proxy(w, q, h) == pytest.approx(metrics[name][key]["proxy"], rel=tolerance)
         index = E8P12.encode(q.reshape(len(w), -1, 8) / ldlq.block_scale(jnp.asarray(w), E8P12, 0))
         same = np.delete(np.arange(len(w)), parted[num_sweeps])
