@@ -3,8 +3,8 @@
     python -m a2d_jax.train --config configs/llada_8b_a2d_full.py --workdir runs/llada_8b_a2d_full \
         --config.model.checkpoint=checkpoints/LLaDA-8B-Instruct --config.data.files="('data/beavertails.jsonl',)"
 
-Weights, gradients and AdamW moments take 16 bytes a parameter, about 128 GB before activations, split over the chips. By the
-TPU compiler (docs/tpu.md), memory of a chip and the most of its peak that a step can reach:
+Weights, gradients and AdamW moments take 16 bytes a parameter, about 128 GB before activations, split over the chips.
+By the TPU compiler (docs/tpu.md), memory of a chip and the most of its peak that a step can reach:
 
     v5e:4x4  16 rows    --config.mesh.fsdp=1 --config.mesh.tensor=16     9.83 of 17.2 GB   57 %
     v5e:8x8  1024 rows  --config.batch_size=1024                         4.97 of 17.2 GB   70 %

@@ -3,8 +3,8 @@
 python -m launch.compile --config configs/llada_8b_sample.py --topology v5e:2x2
 python -m a2d_jax.generate --checkpoint checkpoints/LLaDA-8B-Instruct --prompt TEXT
 
-By the TPU compiler (docs/tpu.md): 4.82 GB of a v5e chip's 17.2, weights 4.01 and the rest 0.81; a pass over the 8 rows takes
-at least 37 ms, all of it arithmetic.
+By the TPU compiler (docs/tpu.md): 4.82 GB of a v5e chip's 17.2, weights 4.01 and the rest 0.81; a pass over the 8 rows
+takes at least 37 ms, all of it arithmetic.
 """
 
 from launch.settings import sample_config
