@@ -22,8 +22,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads wait by spinning, and the cores are shared
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # the partitioner's notes on shapes this small
 
+import jax  # noqa: E402  (after the environment that it reads)
+
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Folder of the reference outputs; its README says what each holds."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Each compiled program holds memory maps; a process that keeps those of the whole suite runs out of them."""
+    yield
+    jax.clear_caches()
