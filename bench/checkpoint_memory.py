@@ -1,4 +1,4 @@
-"""Host memory while a 4 GB checkpoint is converted and loaded: the largest tensor plus a constant, or the whole?
+"""Host memory while a 4 GB checkpoint is converted, loaded and exported: the largest tensor plus a constant, or the whole?
 
     python -m bench.checkpoint_memory --out bench_out [--gigabytes 4]
 
@@ -98,6 +98,11 @@ def main(_) -> None:
         load = f"import a2d_jax, jax.numpy as jnp; a2d_jax.load_pretrained({str(source)!r}, dtype=jnp.bfloat16)"
         rows.append({"program": "load_pretrained (the model itself stays in memory)"} | peak_memory("-c", load))
         shutil.rmtree(source)
+        back = Path(scratch) / "back"
+        rows.append(
+            {"program": "export (the model itself stays in memory)"}
+            | peak_memory("-m", "a2d_jax.export", f"--checkpoint={orbax}", f"--target={back}")
+        )
     checkpoint, largest = sum(sizes.values()) / 1e6, max(sizes.values()) / 1e6
     for row in rows:
         row["above_import_mb"] = row["peak_anonymous_mb"] - idle["peak_anonymous_mb"]
