@@ -2,7 +2,8 @@
 
 A text is tokenised whole, without special tokens of our own, and cut into windows that follow one another; what is
 left at its end is dropped. A token file is .npy, int32: (N,) is cut in the same way; the rows of (N, T) are windows as
-they stand, and ids below zero in them are padding.
+they stand, and ids below zero in them are padding. Where fewer windows are wanted than there are, calibration takes
+them at even distances, so that they speak for the whole text.
 """
 
 import os
@@ -41,12 +42,20 @@ def cut_windows(tokens: np.ndarray, context_length: int, num_windows: int | None
     return Windows(tokens, np.ones(tokens.shape, bool))
 
 
+def spread_evenly(windows: Windows, num_windows: int | None) -> Windows:
+    """`num_windows` of the windows at even distances; all of them where there are no more."""
+    num_available = len(windows.tokens)
+    num_taken = min(num_available, num_windows or num_available)
+    index = np.arange(num_taken) * num_available // num_taken
+    return Windows(*(array[index] for array in windows))
+
+
 def text_windows(
     path: str | os.PathLike, tokenizer: Tokenizer, context_length: int | None, num_windows: int | None
 ) -> Windows:
     """Windows of a UTF-8 text file."""
     tokens = np.array(tokenizer.encode(Path(path).read_text(encoding="utf-8")), np.int32)  # (N,)
-    return cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, num_windows, path)
+    return spread_evenly(cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, None, path), num_windows)
 
 
 def token_windows(
@@ -65,15 +74,16 @@ def token_windows(
         found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
         raise ValueError(f"{path} holds {found}; token ids are int32, (N,) or (N, T).")
     if tokens.ndim == 1:
-        windows = cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, num_windows, path)
+        windows = cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, None, path)
     else:
         if tokens.size == 0 or tokens.shape[1] != (context_length or tokens.shape[1]):
             raise ValueError(
                 f"{path} has rows of shape {tokens.shape}, the context length is {context_length}; leave "
                 "--context_length out, or cut the rows anew."
             )
-        ids = np.asarray(tokens[:num_windows], np.int32)
+        ids = np.asarray(tokens, np.int32)
         windows = Windows(np.maximum(ids, 0), ids >= 0)
+    windows = spread_evenly(windows, num_windows)
     if not windows.attention_mask.any():
         raise ValueError(f"{path} holds nothing but padding; give rows with tokens.")
     if windows.tokens.max() >= vocab_size or windows.tokens.min() < 0:

@@ -20,7 +20,7 @@ from a2d_jax.pretrained import load_pretrained
 from odlri_jax import calibrate
 from odlri_jax.calibrate import CalibrateConfig, run
 from odlri_jax.calibration import INPUT_OF, Calibration, add_exactly, observe, product_sum, second_moments, zero_moments
-from odlri_jax.windows import Windows, batches, token_windows
+from odlri_jax.windows import Windows, batches, cut_windows, spread_evenly, token_windows
 
 LLADA = Path(__file__).parent / "fixtures" / "llada_tiny"
 LENGTH, NUM_LAYERS = 16, 3
@@ -434,3 +434,9 @@ def test_a_reader_says_what_is_missing(calibrated, tmp_path):
     with pytest.raises(ValueError, match="layer_001.safetensors cannot be read"):
         Calibration(tmp_path / "out").second_moment("q_proj", 1)
     assert set(INPUT_OF.values()) == {"attn", "o", "mlp", "down", "head"}
+
+
+def test_fewer_windows_than_the_text_has_are_spread_over_it():
+    ten = cut_windows(np.arange(20), 2, None, "a text")
+    assert spread_evenly(ten, 4).tokens[:, 0].tolist() == [0, 4, 10, 14]
+    assert len(spread_evenly(ten, 11).tokens) == len(spread_evenly(ten, None).tokens) == 10
