@@ -3,6 +3,8 @@
     python -m a2d_jax.generate --checkpoint DIR --prompt "What is lime?"
     python -m a2d_jax.generate --checkpoint DIR --prompt "Lime is <mask:4> made of <mask:2>." --order left_to_right
 
+A causal model answers one token after the other and fills no masks.
+
 A prompt without masks is a user turn of the chat template, answered in `--gen_length` tokens. A text with `<mask:N>`
 (N masks) is filled as it stands; `--chat_template` puts it into a user turn first. `--prompt` may be given several
 times: the prompts are decoded as one batch. The settings of `SamplerConfig` are flags. `--trace trace.html` writes one
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from a2d_jax.config import load_config
 from a2d_jax.pretrained import hf_files, load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.sampling import generate, infill, pad_left
@@ -40,7 +43,8 @@ def main(_) -> None:
     are_templates = {has_mask_runs(prompt) for prompt in _PROMPT.value}
     if len(are_templates) > 1:
         raise ValueError("some prompts hold <mask:N> and some do not; run the program once for each kind.")
-    tokenizer = load_tokenizer(hf_files(_CHECKPOINT.value))
+    files = hf_files(_CHECKPOINT.value)
+    tokenizer = load_tokenizer(files, requires_mask=not load_config(files).is_causal)
     model = load_pretrained(_CHECKPOINT.value, dtype=jnp.dtype(_DTYPE.value), adapter=_ADAPTER.value)
 
     has_trace = _TRACE.value is not None

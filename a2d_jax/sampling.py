@@ -198,6 +198,8 @@ def generate(
         pad_id = model.config.eos_id if model.config.pad_id is None else model.config.pad_id
         prompt, prompt_mask = pad_left(prompt, pad_id or 0)
     if model.config.is_causal:
+        if trace:
+            raise ValueError("a causal model fills no masks, so there is nothing to replay; leave the trace out.")
         tokens, num_forward, eos_prob = autoregressive.extend(
             model, prompt, prompt_mask, config.gen_length, config.temperature, key
         )
