@@ -1,4 +1,4 @@
-"""Host memory while a 4 GB checkpoint is converted, loaded and exported: the largest tensor plus a constant, or the whole?
+"""Host memory while a 4 GB checkpoint is converted, loaded, exported: the largest tensor plus a constant, or all of it?
 
     python -m bench.checkpoint_memory --out bench_out [--gigabytes 4]
 
