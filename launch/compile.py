@@ -30,9 +30,9 @@ from ml_collections import config_flags
 
 from a2d_jax.hf_io import write_json
 from launch.chips import GB, Topology, parse_topology, topology_devices
-from launch.hlo import Tally, count
 from launch.settings import STEPS
 from launch.steps import BUILDERS, Step
+from launch.tally import Tally, count
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 

@@ -19,6 +19,7 @@ from launch.model_flops import forward_flops
 from launch.search import Candidate, estimate, meshes, search
 from launch.settings import architecture, sample_config
 from launch.steps import sample_step, train_step
+from launch.tally import count, replica_groups
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 
@@ -38,7 +39,7 @@ def test_a_scanned_matmul_counts_once_a_layer():
     def model(weights, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
-    tally = hlo.count(compiled_text(model, floats(7, 32, 32), floats(5, 32)), {"data": 1})
+    tally = count(compiled_text(model, floats(7, 32, 32), floats(5, 32)), {"data": 1})
     assert tally.flops == 7 * 2 * 5 * 32 * 32
     assert tally.num_unknown_loops == 0
 
@@ -50,14 +51,14 @@ def test_nested_scans_multiply_and_the_backward_pass_counts_too():
 
         return jnp.sum(jax.lax.scan(outer, x, None, length=3)[0])
 
-    flops = hlo.count(compiled_text(jax.grad(loss), floats(4, 16, 16), floats(8, 16)), {"data": 1}).flops
+    flops = count(compiled_text(jax.grad(loss), floats(4, 16, 16), floats(8, 16)), {"data": 1}).flops
     one = 2 * 8 * 16 * 16
     assert flops in (12 * 3 * one, 12 * 3 * one - one)  # forward, dx, dw; the first layer's dx may be left out
 
 
 def test_batched_products_count_every_batch():
     attention = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)  # noqa: E731
-    flops = hlo.count(compiled_text(attention, floats(2, 6, 3, 8), floats(2, 5, 3, 8)), {"data": 1}).flops
+    flops = count(compiled_text(attention, floats(2, 6, 3, 8), floats(2, 5, 3, 8)), {"data": 1}).flops
     assert flops == 2 * 2 * 3 * 6 * 5 * 8
 
 
@@ -65,7 +66,7 @@ def test_a_loop_that_depends_on_data_counts_once_and_is_reported():
     def halve(x, w):
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: (x @ w) / 2, x)
 
-    tally = hlo.count(compiled_text(halve, floats(4, 4), floats(4, 4)), {"data": 1})
+    tally = count(compiled_text(halve, floats(4, 4), floats(4, 4)), {"data": 1})
     assert (tally.flops, tally.num_unknown_loops) == (2 * 4 * 4 * 4, 1)
 
 
@@ -74,7 +75,7 @@ def test_of_branches_the_dearest_counts():
         return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x, x)
 
     text = compiled_text(either, jax.ShapeDtypeStruct((), bool), floats(16, 16))
-    assert hlo.count(text, {"data": 1}).flops == 2 * 2 * 16**3
+    assert count(text, {"data": 1}).flops == 2 * 2 * 16**3
 
 
 BATCHED_AS_CONVOLUTION = """HloModule m
@@ -90,7 +91,7 @@ ENTRY %main (a: f32[3,5,8], b: f32[3,7,8]) -> f32[3,5,7] {
 def test_positions_that_fall_on_padding_are_no_work():
     # The TPU compiler's way to write a batched product: of the 3 x 3 pairs (i, k) the window reads position 2 i + k of
     # a row that is dilated by 3, where only multiples of 3 hold data: (0, 0), (1, 1), (2, 2) remain.
-    assert hlo.count(BATCHED_AS_CONVOLUTION, {"data": 1}).flops == 2 * 3 * 5 * 7 * 8
+    assert count(BATCHED_AS_CONVOLUTION, {"data": 1}).flops == 2 * 3 * 5 * 7 * 8
 
 
 COUNTED_LOOP = """HloModule m, is_scheduled=true
@@ -126,14 +127,14 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 
 
 def test_the_trips_of_a_loop_follow_from_its_start_and_condition():
-    tally = hlo.count(COUNTED_LOOP, {"data": 1})
+    tally = count(COUNTED_LOOP, {"data": 1})
     assert tally.flops == 11 * 2 * 8**3
     assert tally.mxu_flops == 6 * tally.flops  # a float32 product takes six passes of bfloat16
 
 
 def test_an_unrolled_loop_runs_less_often():
     text = COUNTED_LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
-    assert hlo.count(text, {"data": 1}).flops == 6 * 2 * 8**3  # 3, 5, ..., 13
+    assert count(text, {"data": 1}).flops == 6 * 2 * 8**3  # 3, 5, ..., 13
 
 
 KERNEL = """HloModule m
@@ -151,7 +152,7 @@ ENTRY %main (q: bf16[4,128,64], k: bf16[2,256,64]) -> bf16[4,128,64] {
 
 
 def test_kernels_count_although_their_notes_run_over_lines():
-    assert hlo.count(KERNEL, {"data": 1}).flops == 2 * 2 * 4 * 128 * 256 * 64 + 1000
+    assert count(KERNEL, {"data": 1}).flops == 2 * 2 * 4 * 128 * 256 * 64 + 1000
 
 
 # -- collectives ------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def collectives_of(function, in_spec, out_spec, *shapes):
     mesh = make_mesh(2, 4, 1)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
     placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, in_spec)) for s in shapes]
-    return hlo.count(compiled_text(mapped, *placed), MESH).collectives
+    return count(compiled_text(mapped, *placed), MESH).collectives
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_a_collective_in_a_loop_counts_every_trip():
 )
 def test_every_notation_of_groups(text, groups):
     instruction = hlo.Instruction("r", "all-reduce", (), (), "", text, False)
-    assert hlo.replica_groups(instruction, 4) == groups
+    assert replica_groups(instruction, 4) == groups
 
 
 ASYNCHRONOUS = """HloModule m, is_scheduled=true
@@ -235,7 +236,7 @@ ENTRY %main (a: f32[4,8], w: f32[8,8]) -> f32[16,8] {
 
 
 def test_which_transfers_run_beside_other_work():
-    found = hlo.count(ASYNCHRONOUS, {"fsdp": 4}).collectives
+    found = count(ASYNCHRONOUS, {"fsdp": 4}).collectives
     # The pair around the product, the pair around nothing, and the transfer that a product carries in steps: once.
     assert [(c.is_async, c.num_bytes) for c in found] == [(True, 384), (False, 384), (True, 384)]
 
@@ -244,7 +245,7 @@ def test_reading_one_layer_of_a_stack_is_not_reading_the_stack():
     def model(weights, x):
         return jax.lax.scan(lambda x, w: (x * w, None), x, weights)[0]
 
-    tally = hlo.count(compiled_text(model, floats(50, 1000), floats(1000)), {"data": 1})
+    tally = count(compiled_text(model, floats(50, 1000), floats(1000)), {"data": 1})
     assert 50 * 1000 * 4 < tally.memory_bytes < 10 * 50 * 1000 * 4
 
 
