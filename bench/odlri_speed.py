@@ -27,7 +27,7 @@ from a2d_jax.hf_io import SafetensorsFolder, write_json
 from bench.growth import measure_growth, plot_growth
 from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import decompose
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 
 LAYER, PROJECTION = 15, "gate_proj"
 # The original code on the same matrix: processor seconds by bits of the factors, from medians of its steps;

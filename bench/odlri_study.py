@@ -38,7 +38,7 @@ from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax import calibrate, compress
 from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import decompose
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.export import export
 from odlri_jax.perplexity import perplexity
 

@@ -14,7 +14,7 @@ Both are bound by memory, by estimate by the rotations of activations rather tha
 
 from configs import llada_8b_odlri
 from launch.settings import sample_config
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 
 
 def get_config():

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.settings import DTypeSettings, MeshSettings
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 
 STEPS = ("train", "sample", "calibrate", "decompose")
 ARCHITECTURES = Path(__file__).parents[1] / "configs" / "models"  # config.json of the models that configs/ name

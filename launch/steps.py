@@ -28,7 +28,7 @@ from a2d_jax.throughput import forward_flops, train_flops
 from launch.settings import architecture
 from odlri_jax import calibration
 from odlri_jax.decompose import _decompose_stack
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.packed_io import pack_shapes
 
 

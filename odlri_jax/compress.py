@@ -36,7 +36,8 @@ from a2d_jax.orbax_io import HF_FOLDER, copy_companions
 from odlri_jax.calibration import Calibration
 from odlri_jax.codebooks import BLOCK
 from odlri_jax.decompose import check_inputs, decompose_stack
-from odlri_jax.decomposition import INITS, DecomposeConfig, Decomposition
+from odlri_jax.decompose_config import INITS, DecomposeConfig
+from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
 from odlri_jax.packing import pack
 from odlri_jax.report import PLOT_NAME, REPORT_NAME, matrix_record, write_report

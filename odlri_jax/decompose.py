@@ -29,7 +29,8 @@ from threadpoolctl import threadpool_limits
 from odlri_jax import hadamard, initialize, ldlq, lowrank
 from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK
-from odlri_jax.decomposition import DecomposeConfig, Decomposition, starts
+from odlri_jax.decompose_config import DecomposeConfig, starts
+from odlri_jax.decomposition import Decomposition
 from odlri_jax.ldlq import matmul
 from odlri_jax.lowrank import QuantizedFactors
 

@@ -23,9 +23,11 @@ from a2d_jax.models.transformer import DTypes
 from a2d_jax.sharding import MESH_AXES, is_for_tpu, partition_spec
 from odlri_jax import hadamard
 from odlri_jax.codebooks import LatticeCodebook
-from odlri_jax.decomposition import DecomposeConfig, Decomposition
+from odlri_jax.decompose_config import DecomposeConfig
+from odlri_jax.decomposition import Decomposition
 from odlri_jax.kernel import packed_product
-from odlri_jax.packing import decode, scaled, tensor_specs, unpack, unpack_signs
+from odlri_jax.packed_tensors import tensor_specs
+from odlri_jax.packing import decode, scaled, unpack, unpack_signs
 
 
 class Packed(nnx.Variable):

@@ -34,9 +34,10 @@ from a2d_jax.hf_io import (
 )
 from a2d_jax.models.naming import TensorName, module_names, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.linear import CompressedLinear
-from odlri_jax.packing import TensorSpec, tensor_specs, value_problem
+from odlri_jax.packed_tensors import TensorSpec, tensor_specs
+from odlri_jax.packing import value_problem
 
 MANIFEST_NAME = "odlri.json"
 FORMAT, VERSION = "odlri", 1

@@ -1,12 +1,9 @@
 """Decomposition <-> packed arrays, bit for bit: lattice points as index words, levels as bit fields, signs as bits.
 
-`docs/packed_format.md` describes every array. `tensor_specs` is the one table of them: packing, the checks on what is
-read, the size of a packed matrix and the variables of `linear.CompressedLinear` all follow it.
+`docs/packed_format.md` describes every array, and `packed_tensors.py` holds the table of them.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -14,61 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from odlri_jax.codebooks import BLOCK, Codebook, LatticeCodebook
-from odlri_jax.decomposition import DecomposeConfig, Decomposition
+from odlri_jax.decompose_config import DecomposeConfig
+from odlri_jax.decomposition import Decomposition
 from odlri_jax.ldlq import block_units
+from odlri_jax.packed_tensors import RESIDUAL_DTYPES, TensorSpec, tensor_specs
 
 PIECE = 1 << 14  # blocks whose indices are searched at once
-_RESIDUAL_DTYPES = {"e8": np.uint8, "e8p": np.uint16}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One packed array: shape, dtype, and what its axes stand for ("out", "in", "rank", None)."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    axes: tuple[str | None, ...]
-
-
-def _index_specs(prefix: str, codebook: Codebook, shape: tuple[int, int], axes: tuple[str, str]) -> dict:
-    rows, columns = shape
-    if isinstance(codebook, LatticeCodebook):
-        specs = {"index": ((rows, columns // BLOCK), np.uint16)}
-        if codebook.residual is not None:
-            specs["residual"] = ((rows, columns // BLOCK), _RESIDUAL_DTYPES[codebook.residual])
-    else:
-        specs = {"index": ((rows, columns * codebook.bits // 8), np.uint8)}
-    return {f"{prefix}_{name}": TensorSpec(size, np.dtype(dtype), axes) for name, (size, dtype) in specs.items()}
-
-
-def tensor_specs(shape: tuple[int, int], config: DecomposeConfig) -> dict[str, TensorSpec]:
-    """Suffix -> what the packed form of an (m, n) matrix holds under that name."""
-    (m, n), rank = shape, config.rank
-    scalar = TensorSpec((), np.dtype(np.float32), ())
-    specs = _index_specs("q", config.codebook, (m, n), ("out", "in"))
-    if isinstance(config.codebook, LatticeCodebook):
-        specs["q_scale"] = scalar
-    else:
-        specs["q_scale"] = TensorSpec((m, n // config.group), np.dtype(np.float32), ("out", None))
-    if config.factor_codebook is None:
-        specs["left"] = TensorSpec((m, rank), np.dtype(np.float16), ("out", "rank"))
-        specs["right"] = TensorSpec((rank, n), np.dtype(np.float16), ("rank", "in"))
-    else:
-        left = ((rank, m), ("rank", "out")) if config.published else ((m, rank), ("out", "rank"))
-        specs |= _index_specs("left", config.factor_codebook, *left)
-        specs |= _index_specs("right", config.factor_codebook, (rank, n), ("rank", "in"))
-        specs |= {"left_scale": scalar, "right_scale": scalar}
-    specs["weight_scale"] = scalar
-    if config.rotates_factors:
-        specs["signs_out"] = TensorSpec((-(-m // 8),), np.dtype(np.uint8), (None,))
-        specs["signs_in"] = TensorSpec((-(-n // 8),), np.dtype(np.uint8), (None,))
-    return specs
-
-
-def matrix_bits(shape: tuple[int, int], config: DecomposeConfig) -> float:
-    """Bits per weight of a packed (m, n) matrix, scales and signs included."""
-    num_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in tensor_specs(shape, config).values())
-    return 8 * num_bytes / math.prod(shape)
 
 
 # --- Points <-> indices -----------------------------------------------------------------------------------------------
@@ -108,7 +56,7 @@ def encode(prefix: str, values: jax.Array, scale: jax.Array, codebook: Codebook)
     elif codebook.residual is None:
         arrays = {"index": index.astype(np.uint16)}
     else:
-        residual_dtype = _RESIDUAL_DTYPES[codebook.residual]
+        residual_dtype = RESIDUAL_DTYPES[codebook.residual]
         arrays = {"index": (index >> 16).astype(np.uint16), "residual": (index & 0xFFFF).astype(residual_dtype)}
     arrays = {f"{prefix}_{name}": array for name, array in arrays.items()}
     back = np.asarray(_decode_scaled(arrays, prefix, scale, codebook))

@@ -30,7 +30,7 @@ from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import auc
 from a2d_jax.stages import export, run_command, train
 from odlri_jax import calibrate, compress
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.export import LAYOUTS
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME

@@ -10,7 +10,7 @@ import numpy as np
 
 from a2d_jax.hf_io import write_beside, write_json
 from odlri_jax.decomposition import Decomposition
-from odlri_jax.packing import matrix_bits
+from odlri_jax.packed_tensors import matrix_bits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)

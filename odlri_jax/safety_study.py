@@ -36,7 +36,7 @@ from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import auc
 from a2d_jax.stages import claim_folder, train
 from odlri_jax import calibrate, compress
-from odlri_jax.decomposition import INITS, DecomposeConfig
+from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
 

@@ -12,7 +12,7 @@ from a2d_jax.hf_io import SafetensorsFolder, write_safetensors
 from a2d_jax.models.naming import tensor_names
 from odlri_jax import DecomposeConfig
 from odlri_jax.packed_io import Manifest, write_manifest
-from odlri_jax.packing import tensor_specs
+from odlri_jax.packed_tensors import tensor_specs
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,

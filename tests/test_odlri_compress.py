@@ -21,8 +21,9 @@ from a2d_jax.models.transformer import Transformer
 from odlri_jax import compress
 from odlri_jax.compress import CompressConfig
 from odlri_jax.decompose import decompose_stack
-from odlri_jax.decomposition import DecomposeConfig
-from odlri_jax.packing import matrix_bits, unpack
+from odlri_jax.decompose_config import DecomposeConfig
+from odlri_jax.packed_tensors import matrix_bits
+from odlri_jax.packing import unpack
 
 ROOT = Path(__file__).parents[1]
 NUM_LAYERS, D, F, V = 3, 32, 32, 32  # all of one shape, and uniform levels: quick to compile

@@ -11,7 +11,7 @@ import pytest
 import a2d_jax
 from odlri_jax import kernel, linear
 from odlri_jax.codebooks import E8P12, E8P12RVQ3B, E8P12RVQ4B, e8_points
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.kernel import packed_product
 from odlri_jax.linear import CompressedLinear
 from odlri_jax.packing import decode

@@ -7,7 +7,7 @@ import pytest
 
 from odlri_jax import cholesky, ldlq, loop_linalg, lowrank
 from odlri_jax.decompose import decompose_arrays
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 
 KEY = jax.random.key(0)
 

@@ -11,7 +11,8 @@ from packed_folders import random_arrays
 
 from odlri_jax import DecomposeConfig, decompose
 from odlri_jax.codebooks import E8P12
-from odlri_jax.packing import matrix_bits, pack, unpack
+from odlri_jax.packed_tensors import matrix_bits
+from odlri_jax.packing import pack, unpack
 
 SHAPE = (40, 96)  # 40 = 20 x 2, 96 = 12 x 8: two odd factors
 CONFIG = DecomposeConfig(rank=8, group=32)

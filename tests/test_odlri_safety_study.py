@@ -8,7 +8,7 @@ import pytest
 from tokenizer_folders import write_llada
 
 import a2d_jax
-from odlri_jax.decomposition import DecomposeConfig
+from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.safety_study import StudyConfig, Variant, list_variants, run, safe_variants
 
 ROWS = [
