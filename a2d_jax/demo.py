@@ -130,7 +130,7 @@ def table(results: Mapping[str, list[dict]]) -> str:
         return float(np.mean(chosen))
 
     def line(title: str, *cells: str) -> str:
-        return f"{title:34}" + "".join(f"{cell:>18}" for cell in cells)
+        return f"{title:40}" + "".join(f"{cell:>18}" for cell in cells)
 
     lines = [
         f"Embedded world, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
