@@ -18,8 +18,8 @@ from a2d_jax.throughput import forward_flops, train_flops
 from launch.chips import GB, Topology
 from launch.settings import architecture
 
-# Bytes a token and layer that the backward pass finds in memory, in widths D and mlp widths F of the compute dtype.
-_SAVED = {"full": (1, 0), "dots": (6, 3), "none": (14, 5)}
+# What the backward pass finds in memory of a token and layer: widths D, and widths and mlp widths F split by `tensor`.
+_SAVED = {"full": (1, 0, 0), "dots": (3, 3, 2), "none": (8, 6, 5)}
 _RECOMPUTED = {"full": 4 / 3, "dots": 1.02, "none": 1.0}
 
 
@@ -77,25 +77,28 @@ def estimate(candidate: Candidate, run: RunConfig, model: ModelConfig, topology:
     # Trained weights: float32, two moments, and a gradient. Frozen ones: as stored.
     stored = 16.0 if run.lora is None else (2.0 if run.dtypes.param == "bfloat16" else 4.0)
     tokens = run.batch_size * length / rows / candidate.grad_accum_steps
-    in_widths, in_mlps = _SAVED[candidate.remat]
-    saved = tokens * item * model.num_layers * (in_widths * model.width + in_mlps * model.mlp_dim / candidate.tensor)
+    whole, split, mlps = _SAVED[candidate.remat]
+    numbers = whole * model.width + (split * model.width + mlps * model.mlp_dim) / candidate.tensor
+    saved = tokens * item * model.num_layers * numbers
     memory = num_params * stored / shards + saved
 
     flops = train_flops(model, run.lora, 0, run.batch_size * length, length) / topology.num_chips
     arithmetic = flops * _RECOMPUTED[candidate.remat] / topology.chip.peak_flops
 
-    # Weights are gathered for each pass, gradients reduced once; activations are summed over `tensor` twice a pass.
-    passes = (2 if candidate.remat == "none" else 3) * candidate.grad_accum_steps
-    gathered = item * num_params / candidate.tensor * (1 - 1 / candidate.fsdp) * passes
+    # Weights are gathered for each direction, gradients reduced once. Activations are summed over `tensor` twice a
+    # direction, and once more where the backward pass computes them again.
+    parts = candidate.grad_accum_steps
+    gathered = 2 * parts * item * num_params / candidate.tensor * (1 - 1 / candidate.fsdp)
     if run.lora is None:
-        gathered += item * num_params / candidate.tensor * (1 - 1 / rows) * candidate.grad_accum_steps
-    summed = 2 * passes * 2 * tokens * item * model.width * model.num_layers * (1 - 1 / candidate.tensor)
+        gathered += parts * item * num_params / candidate.tensor * (1 - 1 / rows)
+    num_sums = (5 if candidate.remat == "full" else 4) * parts * model.num_layers
+    summed = num_sums * 2 * tokens * item * model.width * (1 - 1 / candidate.tensor)
     interconnect = (gathered + summed) / topology.ici_bandwidth if topology.num_chips > 1 else 0.0
 
     # A pass reads its chip's weights, gathered; a part adds its gradients to the sum; AdamW reads four, writes three.
-    touched = passes * item * num_params / candidate.tensor
+    touched = (3 if candidate.remat == "full" else 2) * parts * item * num_params / candidate.tensor
     if run.lora is None:
-        touched += (28 + 8 * (candidate.grad_accum_steps - 1)) * num_params / shards
+        touched += (28 + 8 * (parts - 1)) * num_params / shards
     times = arithmetic, interconnect, touched / topology.chip.hbm_bandwidth
     return Estimate(memory, max(times), sum(times))
 
