@@ -45,7 +45,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use the {len(devices)} devices; "
-            "the product of the sizes must be their number."
+            "the product of the sizes must be their number, and -1 stands for what the others leave."
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["a2d_jax.train", "odlri_jax.calibrate"])
 
@@ -29,7 +31,7 @@ def _run(module: str, arguments: Sequence[str], log: Path, num_devices: int) -> 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")  # the server has imported JAX, which read the environment then
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
     warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
     sys.argv = [module, *arguments]
@@ -76,10 +78,11 @@ class Job:
         return any(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float = 300) -> list[int | None]:
-        """Exit codes; None: still running after that time."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        """Exit codes; None: still running after that time, in which this process, too, must run: a pause is none."""
+        num_waits = int(seconds / 0.1)
+        while self.is_running() and num_waits > 0:
+            time.sleep(0.1)
+            num_waits -= 1
         return [process.exitcode for process in self.processes]
 
     def output(self) -> list[str]:

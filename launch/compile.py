@@ -22,6 +22,8 @@ seconds and more of a core: a decomposition, which has thirty of them, compiles 
 """
 
 import collections
+import functools
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -179,7 +181,12 @@ def main(_) -> None:
 
         if kind != "train":
             raise ValueError(f"--search varies training steps; {config_name} describes a {kind} step.")
-        result = search(config, topology, devices, values.search_limit, config_name, print)
+        out = Path(values.out) if values.out else default_out(config_name, topology.name, "search")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
+        say = functools.partial(print, flush=True)
+        keep = functools.partial(write_json, out)
+        result = search(config, topology, devices, values.search_limit, config_name, say, values.effort, earlier, keep)
     else:
         if values.shape and kind != "decompose":
             raise ValueError(f"--shape names the matrix of a decompose step; {config_name} describes a {kind} step.")
@@ -205,6 +212,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("shape", [], "decompose: the matrix, outputs,inputs; by default the one that costs most")
     flags.DEFINE_float("effort", 0.0, "of the compiler, -1 to 1, for a fast program", -1.0, 1.0)
     flags.DEFINE_bool("search", False, "try meshes, remat and micro-batches; rank those that fit")
-    flags.DEFINE_integer("search_limit", 6, "how many candidates --search compiles")
+    flags.DEFINE_integer("search_limit", 6, "how many candidates --search compiles", lower_bound=1)
     flags.mark_flag_as_required("config")
     app.run(main)

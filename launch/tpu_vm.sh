@@ -83,7 +83,7 @@ runtime() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) fail "no runtime is known for --type $type; give --version" ;;
+    *) fail "no runtime is known for --type $type (v5litepod-16 is v5e, v5p-32, v6e-8, v4-8); for another type give --version" ;;
   esac
 }
 

@@ -364,6 +364,29 @@ def test_search_compiles_the_promising_and_ranks_them(config):
     assert times == sorted(times) and result["roofline_seconds"] == times[0] and result["config"] == "tiny"
 
 
+def test_a_search_continues_where_it_stopped_and_ends_where_nothing_can_be_faster(config, monkeypatch):
+    topology, calls, kept = parse_topology("v5e:2x4"), [], []
+
+    def compile_step(step, topology, effort):
+        calls.append(effort)
+        return {"fits": True, "roofline_seconds": seconds, "roofline_mfu": 0.5, "needed_bytes": 1, "compile_seconds": 1}
+
+    def run_search(effort=0.0, **given):
+        calls.clear()
+        return search(changed(config), topology, jax.devices(), 4, "tiny", lambda _: None, effort, **given)
+
+    monkeypatch.setattr(launch_compile, "compile_step", compile_step)
+    seconds = 1e9  # slower than any estimate
+    result = run_search(keep=kept.append)
+    assert len(calls) == 4 and [len(state["candidates"]) for state in kept] == [1, 2, 3, 4]
+    stopped = json.loads(json.dumps(kept[1]))
+    assert run_search(earlier=stopped)["candidates"] == result["candidates"] and len(calls) == 2
+    run_search(-1.0, earlier=stopped)
+    assert calls == [-1.0] * 4  # another compiler, other numbers
+    seconds = 0.0  # faster than any estimate
+    assert len(run_search()["candidates"]) == len(calls) == 1
+
+
 def test_search_estimates_what_the_weights_alone_take(config):
     config.model.checkpoint = "checkpoints/LLaDA-8B-Instruct"
     run, model = RunConfig.from_dict(config), architecture("LLaDA-8B-Instruct")
