@@ -16,7 +16,9 @@ from a2d_jax.config import ModelConfig
 from a2d_jax.settings import RunConfig
 from a2d_jax.throughput import forward_flops, train_flops
 from launch.chips import GB, Topology
+from launch.compiled import compile_step
 from launch.settings import architecture
+from launch.steps import train_step
 
 # What the backward pass finds in memory of a token and layer: widths D, and widths and mlp widths F split by `tensor`.
 _SAVED = {"full": (1, 0, 0), "dots": (3, 3, 2), "none": (8, 6, 5)}
@@ -115,9 +117,6 @@ def search(
       earlier: what a search returned or kept; what it compiled of the same config at the same effort is not repeated.
       keep: is given the state of the search after each candidate.
     """
-    from launch.compile import compile_step  # which calls this module
-    from launch.steps import train_step
-
     run = RunConfig.from_dict(config)
     model = architecture(run.model.checkpoint)
     estimates = {c: estimate(c, run, model, topology) for c in candidates(run, model, topology.num_chips)}

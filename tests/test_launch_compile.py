@@ -15,7 +15,9 @@ from a2d_jax.sharding import make_mesh
 from a2d_jax.throughput import forward_flops
 from launch import compile as launch_compile
 from launch import hlo
+from launch import search as launch_search
 from launch.chips import CHIPS, GIB, parse_topology
+from launch.compiled import compile_step, used_bytes
 from launch.search import Candidate, estimate, meshes, search
 from launch.settings import architecture, sample_config
 from launch.steps import sample_step, train_step
@@ -343,7 +345,7 @@ SCHEMA = {
 def test_a_compiled_training_step_is_described(config):
     step = train_step(changed(config), jax.devices())
     topology = parse_topology("v5e:2x4")
-    result = json.loads(json.dumps(launch_compile.compile_step(step, topology)))
+    result = json.loads(json.dumps(compile_step(step, topology)))
     assert {name: type(result[name]) for name in SCHEMA} == SCHEMA
     assert result["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and result["fits"]
     assert 1.0 < result["flops_ratio"] < 1.34
@@ -375,7 +377,7 @@ def test_a_search_continues_where_it_stopped_and_ends_where_nothing_can_be_faste
         calls.clear()
         return search(changed(config), topology, jax.devices(), 4, "tiny", lambda _: None, effort, **given)
 
-    monkeypatch.setattr(launch_compile, "compile_step", compile_step)
+    monkeypatch.setattr(launch_search, "compile_step", compile_step)
     seconds = 1e9  # slower than any estimate
     result = run_search(keep=kept.append)
     assert len(calls) == 4 and [len(state["candidates"]) for state in kept] == [1, 2, 3, 4]
@@ -400,10 +402,10 @@ def test_search_estimates_what_the_weights_alone_take(config):
 
 def test_a_refusal_of_the_compiler_names_the_memory_it_needs():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm."
-    assert launch_compile.used_bytes(message) == 21.5 * 2**30
+    assert used_bytes(message) == 21.5 * 2**30
     message = "the total memory required for HLO temporaries (19G) exceeds available HBM (15.75G)."
-    assert launch_compile.used_bytes(message) == 19 * 2**30
-    assert launch_compile.used_bytes("INVALID_ARGUMENT") is None
+    assert used_bytes(message) == 19 * 2**30
+    assert used_bytes("INVALID_ARGUMENT") is None
 
 
 def test_what_is_too_large_does_not_fit():
@@ -412,7 +414,7 @@ def test_what_is_too_large_does_not_fit():
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 21.50G of 15.75G hbm. ...")
 
     step = train_step.__globals__["Step"]("a step", make_mesh(1, 8, 1), Lowered, 1e12)
-    result = launch_compile.compile_step(step, parse_topology("v5e:2x4"))
+    result = compile_step(step, parse_topology("v5e:2x4"))
     assert not result["fits"] and result["needed_bytes"] > result["hbm_bytes"]
     assert set(SCHEMA) <= set(result)
     assert "DOES NOT FIT" in launch_compile.describe(step.title, result, 1e12)

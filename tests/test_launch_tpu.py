@@ -12,7 +12,7 @@ from a2d_jax.settings import default_config
 from a2d_jax.sharding import make_mesh
 from launch import hlo
 from launch.chips import GIB, parse_topology, topology_devices
-from launch.compile import compile_step
+from launch.compiled import compile_step
 from launch.settings import compress_config, sample_config
 from launch.steps import decompose_step, sample_step, train_step
 from launch.tally import count
