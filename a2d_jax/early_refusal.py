@@ -32,13 +32,12 @@ from a2d_jax.scores import auc
 
 HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
 ATTACKS = (HARMFUL, "prefilling", "dija", "fits")
-# The paper's; the left-most mask at the first passes and at all; the first positions at the first passes; everything.
+# The paper's; the left-most mask, and the first four, at the first passes; the left-most at all passes.
 WATCHES = {
     "first_step": EosMonitor(math.inf),
     "any_step_8": EosMonitor(math.inf, num_steps=8),
-    "any_step": EosMonitor(math.inf, num_steps=None),
     "any_position_4_8": EosMonitor(math.inf, num_steps=8, num_positions=4),
-    "any_position": EosMonitor(math.inf, num_steps=None, num_positions=None),
+    "any_step": EosMonitor(math.inf, num_steps=None),
 }
 
 

@@ -334,14 +334,18 @@ class Transformer(nnx.Module):
         x, context = self.enter(tokens, attention_mask if cache is None else None, positions)
         if cache is not None:
             context = context._replace(full_mask=attention_masks(self.config, attention_mask, tokens.shape[1])[0])
-        rows = jnp.arange(tokens.shape[0])[:, None]
+            # Which of `positions` each cached place now holds: read from there, since XLA scatters one by one on a CPU.
+            is_at = positions[:, None, :] == jnp.arange(cache.keys.shape[2])[:, None]  # (B, S, T)
+            is_new = jnp.any(is_at, axis=2)[..., None, None]
+            place_of = jnp.argmax(is_at, axis=2)[..., None, None]  # (B, S, 1, 1)
         graphdef, stack = self.layer_stack()
 
         def apply_block(x, layer):
             (state, _), past = layer
 
             def place(new: KeyValues) -> KeyValues:
-                return jax.tree.map(lambda old, new: old.at[rows, positions].set(new, mode="drop"), past, new)
+                moved = jax.tree.map(lambda new: jnp.take_along_axis(new, place_of, axis=1), new)
+                return jax.tree.map(lambda old, new: jnp.where(is_new, new, old), past, moved)
 
             block = nnx.merge(graphdef, state)
             x, seen = block.attend(
