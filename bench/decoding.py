@@ -5,8 +5,8 @@
 Speed: a random LLaDA of 135M parameters in its body (576 wide, 30 layers) with the published 126,464-row head, prompt
 64, response 128 in blocks of 32. The PyTorch side is transformers' LlamaModel with a full attention mask and LLaDA's
 published sampling loop: head, argmax and softmax at every position, so each of its passes costs the same and
-`--passes` are timed. Here a block of 32 is decoded in 32 passes, exactly and with the dual cache. Both sides take turns;
-the table holds medians, and tokens/s for a step a token. The tokens of both sides after `--passes` are compared too.
+`--passes` are timed. Here a block of 32 is decoded in 32 passes, exactly and with the dual cache. Both sides take
+turns; the table holds medians, and tokens/s for a step a token. The tokens of both sides after `--passes` are compared.
 
 Monitor: the same model decodes with a monitor of everything that never stops, and without one, in turns.
 
