@@ -38,7 +38,8 @@ def complete(
       done: indices of inputs to leave out.
     Yields:
       Dicts with "index", "completion" (the text in the blanks), "num_blanks", "num_forward", "is_rejected",
-      "eos_prob_first" and "eos_prob" (P([EOS]) at each step taken, six digits).
+      "eos_prob_first" and "eos_prob" (P([EOS]) at each step taken, six digits); where a monitor looked, its
+      "monitor_score".
     """
     batches = sample_many(
         model, inputs, config, jax.random.key(seed), batch_size=batch_size, buckets=buckets, done=done
@@ -49,7 +50,7 @@ def complete(
 
 def _completion(tokenizer: Tokenizer, index: int, given: AttackInput, result: SampleResult) -> Completion:
     eos_prob = result.eos_prob[~np.isnan(result.eos_prob)]
-    return {
+    completion = {
         "index": index,
         "completion": blank_text(tokenizer, result.tokens, given.is_blank),
         "num_blanks": given.num_blanks,
@@ -58,6 +59,8 @@ def _completion(tokenizer: Tokenizer, index: int, given: AttackInput, result: Sa
         "eos_prob_first": float(eos_prob[0]),
         "eos_prob": [round(float(prob), 6) for prob in eos_prob],
     }
+    score = float(result.monitor_score)
+    return completion if np.isnan(score) else completion | {"monitor_score": score}
 
 
 def blank_text(tokenizer: Tokenizer, tokens: np.ndarray, is_blank: np.ndarray) -> str:

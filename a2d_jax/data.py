@@ -4,9 +4,10 @@ A row becomes tokens once, on the host, when the loader is built; afterwards a b
 any step can be read at any time: seeking, resuming and splitting over hosts cost nothing.
 
 Padding follows the definition of the loss, whose value depends on the longest row of the batch:
-  1. every row is right-padded with [EOS] up to the longest row of the *global* batch; that padding is response;
+  1. every row is right-padded with [EOS] up to the longest row of the *global* batch, or to `pad_to`; that padding is
+     response;
   2. the batch is then padded up to the next bucket length, so that XLA compiles one program per bucket; those columns
-     are nothing: `attention_mask` and `is_response` are False there, so the loss is that of the longest row's length.
+     are nothing: `attention_mask` and `is_response` are False there, so the loss is that of the padded rows' length.
 
 Rows with a chosen and a rejected response become pairs of neighbouring rows, drawn and batched together. Their padding
 is nothing at all: likelihoods of responses are compared, and a response ends at its own [EOS].
@@ -48,6 +49,8 @@ class DataConfig:
     on_long_prompt: "error", or "drop" = leave such rows out, and count them.
     weights: how often rows of each file are drawn, one weight a file. None: every row once an epoch.
     harmful_share: share of harmful rows among those drawn, 0 < share < 1. None: as they come.
+    pad_to: every row is padded with [EOS] to this length at least, so that the model learns how a response as long as
+        those that it will be asked for ends; 0: to the longest of its batch. Pairs are not padded.
     """
 
     row_length: int = 128
@@ -56,6 +59,7 @@ class DataConfig:
     on_long_prompt: str = "error"
     weights: tuple[float, ...] | None = None
     harmful_share: float | None = None
+    pad_to: int = dataclasses.field(default=0, repr=False)  # see _fingerprint
 
     def __post_init__(self) -> None:
         if self.row_length < 1 or self.min_response < 1:
@@ -68,6 +72,8 @@ class DataConfig:
                 f"buckets={self.buckets} must grow and end at row_length={self.row_length} or above; e.g. "
                 f"({math.ceil(self.row_length / 2)}, {self.row_length})"
             )
+        if not 0 <= self.pad_to <= self.buckets[-1]:
+            raise ValueError(f"pad_to={self.pad_to} must lie between 0 and the last of buckets={self.buckets}")
         if self.on_long_prompt not in ("error", "drop"):
             raise ValueError(f"on_long_prompt={self.on_long_prompt!r} is not known; use 'error' or 'drop'")
         if self.weights is not None and not all(weight > 0 for weight in self.weights):
@@ -219,7 +225,12 @@ def _places(rows: Sequence[Row], indices: Sequence[int]) -> str:
 
 
 def collate(
-    encoded: EncodedRows, indices: np.ndarray, eos_id: int, buckets: Sequence[int], rows: np.ndarray | None = None
+    encoded: EncodedRows,
+    indices: np.ndarray,
+    eos_id: int,
+    buckets: Sequence[int],
+    rows: np.ndarray | None = None,
+    pad_to: int = 0,
 ) -> Batch:
     """One batch of rows, padded as the module says.
 
@@ -229,9 +240,10 @@ def collate(
       eos_id: [EOS], the padding.
       buckets: batch lengths, growing.
       rows: which rows of the batch to build (a host's own); None for all.
+      pad_to: length that rows are padded to with [EOS] at least.
     """
     lengths = encoded.lengths[indices]
-    longest = int(lengths.max())
+    longest = max(int(lengths.max()), pad_to)
     bucket = next(length for length in buckets if length >= longest)
 
     if rows is not None:
@@ -317,7 +329,12 @@ class Loader:
         order = DrawOrder(_pools(encoded, config), batch_size // rows_a_draw, seed)
         self._batches = grain.MapDataset.source(order).map(
             lambda drawn: collate(
-                encoded, np.ravel(drawn[:, None] + np.arange(rows_a_draw)), eos_id, config.buckets, own_rows
+                encoded,
+                np.ravel(drawn[:, None] + np.arange(rows_a_draw)),
+                eos_id,
+                config.buckets,
+                own_rows,
+                config.pad_to,
             )
         )
 
@@ -363,6 +380,8 @@ class BatchIterator(Iterator[Batch]):
 
 def _fingerprint(encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int) -> str:
     digest = hashlib.sha256(repr((config, eos_id, batch_size, seed)).encode())
+    if config.pad_to:  # runs without it keep the fingerprint that they had before there was such a field
+        digest.update(f"pad_to={config.pad_to}".encode())
     for array in (encoded.tokens, encoded.offsets, encoded.prompt_lengths, encoded.is_safe, encoded.file_index):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]

@@ -7,8 +7,9 @@ fill their blocks at different speeds, share a batch and still come out as they 
     decode_block   one block of each row: a pass over whole rows that fills the cache, then passes over few positions
 
 Of a pass only the masked positions of each row's current block go through the head: their hidden states are gathered
-into (B, C, D), C fixed for the whole decoding, and (B, C, V) logits are the largest array there is. Probabilities of
-the whole vocabulary are never kept: what is asked for is the chosen token's and [EOS]'s.
+into (B, c, D), c the masks of the fullest row rounded up to quarters of the plan's C, and (B, c, V) logits are the
+largest array there is. Probabilities of the whole vocabulary are never kept: what is asked for is the chosen token's
+and [EOS]'s.
 """
 
 import functools
@@ -21,6 +22,8 @@ from flax import nnx
 from a2d_jax import orders
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.sampler_config import SamplerConfig
+
+FEW_LOGITS = 2**18  # of a row, below which all candidates go through the head
 
 
 class Plan(NamedTuple):
@@ -205,6 +208,40 @@ def _choose(rows: Rows, plan: Plan, is_candidate, confidence, scores, position_u
     return orders.highest(scores, is_candidate, quota)
 
 
+class Seen(NamedTuple):
+    """What a pass says of the candidates, (B, C) each; nothing behind the last one."""
+
+    eos_prob: jax.Array  # float32, P([EOS]), or of the model's refusal token where that is another
+    tokens: jax.Array  # int32, what would be written there
+    confidence: jax.Array  # float32
+    scores: jax.Array  # float32, the highest are revealed first
+
+
+def head_sizes(num_candidates: int, vocab_size: int) -> list[int]:
+    """How many candidates may go through the head: quarters of all, where it is large enough for a program each."""
+    if num_candidates * vocab_size < FEW_LOGITS:
+        return [num_candidates]
+    return sorted({-(-num_candidates * quarter // 4) for quarter in (1, 2, 3, 4)})
+
+
+def _look(model, rows: Rows, hidden, offset, positions, position_uniforms, draws: Draws, plan: Plan, size: int) -> Seen:
+    """The first `size` of the candidates at `positions` (B, C); the other arguments as of `reveal`."""
+    config, mask_id, eos_id = plan.config, model.config.mask_id, model.config.eos_id
+    refusal_id = model.config.refusal_id
+    first = positions[:, :size]
+    indices = first - offset[:, None] - (1 if model.config.shift_logits else 0)
+    logits = _logits_at(model, hidden, jnp.clip(indices, 0, hidden.shape[1] - 1), config.cfg_scale)  # (B, size, V)
+    eos_prob = orders.token_probability(logits, jnp.full(first.shape, refusal_id))
+    token_uniforms = None
+    if config.temperature > 0:
+        token_uniforms = _uniforms(rows, draws.tokens, 0, first, logits.shape[2:])
+    if position_uniforms is not None:
+        position_uniforms = position_uniforms[:, :size]
+    proposed = propose(logits, first, config, mask_id, eos_id, refusal_id, token_uniforms, position_uniforms)
+    behind = ((0, 0), (0, plan.num_candidates - size))
+    return Seen(*(jnp.pad(value, behind) for value in (eos_prob, *proposed)))
+
+
 def reveal(model, rows: Rows, hidden, offset, is_active, draws: Draws, plan: Plan, *, is_cache_pass=False) -> Rows:
     """The rows after a pass.
 
@@ -215,34 +252,33 @@ def reveal(model, rows: Rows, hidden, offset, is_active, draws: Draws, plan: Pla
       is_cache_pass: whether this pass filled the cache. A model whose logits are shifted reveals the block's first
         position then and nothing else, because later passes do not see the hidden state before it.
     """
-    config, mask_id, eos_id = plan.config, model.config.mask_id, model.config.eos_id
+    config, eos_id = plan.config, model.config.eos_id
     row = jnp.arange(len(rows.tokens))[:, None]
     is_left = rows.is_open & (rows.block <= rows.current[:, None]) & is_active[:, None]  # (B, T)
     positions = jnp.argsort(~is_left, axis=1, stable=True)[:, : plan.num_candidates]  # (B, C), left to right
     is_candidate = jnp.take_along_axis(is_left, positions, axis=1)  # (B, C)
 
-    indices = positions - offset[:, None] - (1 if model.config.shift_logits else 0)
-    logits = _logits_at(model, hidden, jnp.clip(indices, 0, hidden.shape[1] - 1), config.cfg_scale)  # (B, C, V)
+    position_uniforms = None
+    if config.order == "random" or config.order_temperature > 0:
+        position_uniforms = _uniforms(rows, draws.positions, 1, positions, ())
+
+    def look(size: int) -> Seen:
+        return _look(model, rows, hidden, offset, positions, position_uniforms, draws, plan, size)
+
+    sizes = head_sizes(plan.num_candidates, model.config.vocab_size)
+    num_left = jnp.max(jnp.sum(is_candidate, axis=1))
+    chosen = jnp.sum(num_left > jnp.array(sizes[:-1], jnp.int32))
+    seen = jax.lax.switch(chosen, [functools.partial(look, size) for size in sizes])
+    proposed, confidence, scores = seen.tokens, seen.confidence, seen.scores
 
     # The monitor sees the pass before anything of it is revealed.
-    refusal_id = model.config.refusal_id  # [EOS], unless the model was taught to refuse by another token
-    eos_prob = orders.token_probability(logits, jnp.full(positions.shape, refusal_id))
-    eos_prob = jnp.where(is_candidate, eos_prob, jnp.nan)  # (B, C)
+    eos_prob = jnp.where(is_candidate, seen.eos_prob, jnp.nan)  # (B, C)
     is_rejected, monitor_score = rows.is_rejected, rows.monitor_score
     if config.monitor is not None:
         score = config.monitor.score(rows.num_forward, rows.tokens, eos_prob)
         is_rejected |= is_active & (score > config.monitor.threshold)
         monitor_score = jnp.where(is_active, jnp.fmax(monitor_score, score), monitor_score)
         is_candidate &= ~is_rejected[:, None]
-
-    token_uniforms = position_uniforms = None
-    if config.temperature > 0:
-        token_uniforms = _uniforms(rows, draws.tokens, 0, positions, logits.shape[2:])
-    if config.order == "random" or config.order_temperature > 0:
-        position_uniforms = _uniforms(rows, draws.positions, 1, positions, ())
-    proposed, confidence, scores = propose(
-        logits, positions, config, mask_id, eos_id, refusal_id, token_uniforms, position_uniforms
-    )
 
     is_counted = is_left if config.count_prompt_masks else is_left & (rows.block == rows.current[:, None])
     num_open = jnp.sum(is_counted, axis=1)  # (B,)
@@ -311,9 +347,10 @@ def decode(graphdef, state, rows: Rows, max_running, draws: Draws, *, plan: Plan
     """Passes over whole rows until `max_running` () rows or fewer are unfinished."""
     model = nnx.merge(graphdef, state)
     offset = jnp.zeros(len(rows.tokens), jnp.int32)
+    layers = model.layers_apart()
 
     def take_pass(rows: Rows) -> Rows:
-        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan))  # (B, T, D)
+        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
         return reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan)
 
     return jax.lax.while_loop(lambda rows: jnp.sum(is_running(rows, plan.num_blocks)) > max_running, take_pass, rows)
@@ -334,7 +371,8 @@ def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_p
     start = rows.tokens.shape[1] - (plan.num_blocks - rows.current) * block_length  # (B,)
 
     tokens, attention_mask = model_inputs(rows, mask_id, plan)
-    hidden, cache = model.cached_hidden_states(tokens, attention_mask)  # (B, T, D); (L, B, T, K, H)
+    layers = model.layers_apart()
+    hidden, cache = model.cached_hidden_states(tokens, attention_mask, layers=layers)  # (B, T, D); (L, B, T, K, H)
     offset = jnp.zeros_like(start)
     rows = reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan, is_cache_pass=True)
 
@@ -349,7 +387,9 @@ def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_p
         tokens, attention_mask = model_inputs(rows, mask_id, plan)
         inside = jnp.minimum(positions, tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(tokens, inside, axis=1)  # (B, L)
-        hidden, _ = model.cached_hidden_states(tokens, attention_mask, positions=positions, cache=cache)  # (B, L, D)
+        hidden, _ = model.cached_hidden_states(
+            tokens, attention_mask, positions=positions, cache=cache, layers=layers
+        )  # (B, L, D)
         return reveal(model, rows, hidden, start, is_active(rows), draws, plan)
 
     return jax.lax.while_loop(lambda rows: jnp.any(is_active(rows)), take_pass, rows)

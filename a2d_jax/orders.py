@@ -33,10 +33,13 @@ def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """The lowest index of the largest value, (...) int32. Two plain reductions: XLA's own argmax is slow on CPU."""
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    """The lowest index of the largest value, (...) int32, of fewer than 2^24 values.
+
+    Two reductions of float32 numbers, which XLA vectorises on a CPU, as it does not its own argmax.
+    """
+    index = jax.lax.broadcasted_iota(jnp.float32, logits.shape, logits.ndim - 1)  # whole numbers, exact below 2^24
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_largest, index, logits.shape[-1] - 1), axis=-1)
+    return -jnp.max(jnp.where(is_largest, -index, 1 - logits.shape[-1]), axis=-1).astype(jnp.int32)
 
 
 def gumbel_argmax(logits: jax.Array, uniforms: jax.Array | None, temperature: float) -> jax.Array:

@@ -181,7 +181,11 @@ def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], schedule:
 
     Logging, checkpoint and device settings may differ, and the length too, unless the learning rate depends on it.
     """
-    before = RunConfig().to_json() | dict(before)  # an older run did not know every field: it had the defaults
+    defaults = RunConfig().to_json()  # an older run did not know every field: it had the defaults
+    before = defaults | {
+        name: defaults[name] | value if isinstance(value, dict) and isinstance(defaults.get(name), dict) else value
+        for name, value in before.items()
+    }
     may_differ = _FREE_ON_RESUME + (_LENGTH if schedule == "constant" else ())
     differences = [
         f"config.{name}: {before.get(name)} -> {value}"

@@ -55,6 +55,8 @@ def trainings() -> dict:
         "a2d_bilingual": {"config": "configs/world_a2d.py:{world}", "start": "bilingual"},
         "causal_base": {"config": "configs/world_causal_base.py:{world}", "start": "{world}/model_causal"},
         "causal_a2d": {"config": "configs/world_causal_a2d.py:{world}", "start": "causal_base"},
+        "long_base": {"config": "configs/world_long_base.py:{world}"},
+        "long_a2d": {"config": "configs/world_long_a2d.py:{world}", "start": "long_base"},
     }
     for name in VARIANTS:
         if name != "a2d":
@@ -149,6 +151,16 @@ def parts() -> dict:
             ),
             "tables": ("results.md",),
             "pictures": ("results.png",),
+        },
+        "early_refusal": {
+            "title": "Refused at once, with 128 tokens of response",
+            "text": "A base and an A2D whose rows [EOS] fills to 152 tokens; what monitors of P([EOS]) save and cost.",
+            "command": (
+                "a2d_jax.early_refusal", "--checkpoint={long_a2d}", "--base={long_base}", "--out={out}",
+                "--prompts={world}/attacks", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--dtype=float32",
+                "--gen_length=128", "--steps=128", "--batch_size=48", "--buckets=40,56,152,160",
+            ),
+            "tables": ("results.md",),
         },
     }  # fmt: skip
 

@@ -4,12 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import a2d_jax
-from a2d_jax import orders
+from a2d_jax import decoding, orders
+from a2d_jax.models import transformer
 from a2d_jax.monitor import any_step
 from a2d_jax.sampling import SamplerConfig, generate, infill
 
@@ -82,6 +84,21 @@ def test_one_block_that_is_the_whole_text_needs_no_approximation(models, cache):
     exact = generate(models["llada"], empty, config)
     cached = generate(models["llada"], empty, dataclasses.replace(config, cache=cache))
     np.testing.assert_array_equal(exact.tokens, cached.tokens)
+
+
+@pytest.mark.parametrize("cache", [None, "dual"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_saves_time_on_large_models_changes_no_token(models, monkeypatch, cache, temperature):
+    """A head for a quarter of the candidates, half of them, ...; layers out of their stack."""
+    config = SamplerConfig(gen_length=16, steps=16, block_length=8, cache=cache, temperature=temperature)
+    key = jax.random.key(1)
+    plain = generate(models["llada"], PROMPTS, config, key)
+    monkeypatch.setattr(decoding, "FEW_LOGITS", 0)
+    monkeypatch.setattr(transformer, "APART", (0, 2**31))
+    assert decoding.head_sizes(8, 300) == [2, 4, 6, 8] and decoding.head_sizes(3, 300) == [1, 2, 3]
+    fast = generate(models["llada"], PROMPTS, dataclasses.replace(config, eps=0.5), key)  # another program, same rules
+    np.testing.assert_array_equal(plain.tokens, fast.tokens)
+    np.testing.assert_allclose(plain.eos_prob, fast.eos_prob, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", ["dual", "prefix"])

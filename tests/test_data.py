@@ -1,5 +1,6 @@
 """Rows become batches: schema, truncation, mixing, order, resume, hosts, padding."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def test_padding_worked_by_hand():
     assert [array.dtype for array in batch] == [np.int32, bool, bool, bool]
     exact = collate(encoded, np.array([0, 0]), EOS, buckets=(3, 8))  # a bucket as long as the longest row adds nothing
     assert exact.tokens.shape == (2, 3) and exact.attention_mask.all()
+
+
+def test_rows_are_padded_with_eos_to_a_wanted_length():
+    config = DataConfig(row_length=5, buckets=(6, 9), pad_to=8)
+    loader = Loader(encoded_rows([3, 5], prompt_lengths=[2, 1]), config, EOS, batch_size=2, seed=0)
+    batch = loader.batch_at(0)
+    order = np.argsort(batch.tokens[:, 0])
+    assert batch.tokens[order].tolist() == [[0] * 3 + [EOS] * 6, [1] * 5 + [EOS] * 4]
+    # The eight columns are what the loss knows of; the ninth fills the bucket.
+    assert batch.is_response[order].sum(axis=1).tolist() == [6, 7] and batch.attention_mask.sum(axis=1).tolist() == [
+        8,
+        8,
+    ]
+    shorter = Loader(encoded_rows([3, 5]), dataclasses.replace(config, pad_to=7), EOS, batch_size=2, seed=0)
+    assert shorter.fingerprint != loader.fingerprint
+    with pytest.raises(ValueError, match=r"pad_to=10 must lie between 0 and the last of buckets=\(6, 9\)"):
+        dataclasses.replace(config, pad_to=10)
 
 
 @pytest.mark.parametrize("objective", ["llada", "dream"])

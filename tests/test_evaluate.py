@@ -69,7 +69,10 @@ class RuleModel(nnx.Module):
         self.bane, self.salt = tokenizer.encode("bane salt")
         self.weight = nnx.Param(jnp.zeros(1))
 
-    def hidden_states(self, tokens, attention_mask=None):
+    def layers_apart(self):
+        return None
+
+    def hidden_states(self, tokens, attention_mask=None, layers=None):
         is_harmful = jnp.any(tokens == self.bane, axis=1)[:, None]  # (B, 1)
         logits = jnp.full((*tokens.shape, 272), -50.0).at[..., self.salt].set(0.0)
         return logits.at[..., self.config.eos_id].set(jnp.where(is_harmful, math.log(3), -50.0))

@@ -21,13 +21,14 @@ from flax import nnx
 from a2d_jax.config import Llama3Rope, ModelConfig
 from a2d_jax.models.attention import attend
 from a2d_jax.models.lora import LoRAConfig
-from a2d_jax.sharding import constrain
+from a2d_jax.sharding import constrain, is_for_tpu
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep projections, recompute attention and norms
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream alone
 }
+APART = 2**24, 2**31  # bytes of layers that `Transformer.layers_apart` copies, at least and at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +276,28 @@ class Transformer(nnx.Module):
             is_sliding = jnp.array([window is not None for window in config.sliding_windows])  # (L,)
         return graphdef, (state, is_sliding)
 
-    def hidden_states(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
-        """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`."""
+    def layers_apart(self) -> list | None:
+        """The layers of `layer_stack` as arrays of their own, for a loop of many passes; None where they stay stacked.
+
+        On a CPU a scan copies every layer out of the stack in every pass, which takes as long as a product with few
+        positions; here they are copied once, where they are neither so few that it does not matter nor too much for a
+        second copy. On a TPU a product reads them where they are.
+        """
+        _, layers = self.layer_stack()
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+        if is_for_tpu() or not APART[0] <= size <= APART[1]:
+            return None
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(self.config.num_layers)]
+
+    def hidden_states(
+        self, tokens, attention_mask=None, *, positions=None, dropout_key=None, layers: list | None = None
+    ) -> jax.Array:
+        """Output of the final norm, (B, T, D) in the compute dtype; arguments as in `__call__`.
+
+        `layers`: what `layers_apart` returned.
+        """
         x, context = self.enter(tokens, attention_mask, positions)
-        graphdef, layers = self.layer_stack()
+        graphdef, stack = self.layer_stack()
 
         def apply_block(x, layer):
             (state, is_sliding), key = layer
@@ -287,10 +306,18 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-        x, _ = jax.lax.scan(apply_block, x, (layers, keys))
+        x, _ = _walk(apply_block, x, layers or stack, keys)
         return self.final_norm(x)
 
-    def cached_hidden_states(self, tokens, attention_mask=None, *, positions=None, cache: KeyValues | None = None):
+    def cached_hidden_states(
+        self,
+        tokens,
+        attention_mask=None,
+        *,
+        positions=None,
+        cache: KeyValues | None = None,
+        layers: list | None = None,
+    ):
         """Hidden states of all positions, and a cache of them; or, given that, of some positions among the cached rest.
 
         Args:
@@ -298,6 +325,7 @@ class Transformer(nnx.Module):
           attention_mask: (B, S) bool, of every position.
           positions: (B, T) int32 in [0, S), or beyond: those stand for nothing.
           cache: (L, B, S, K, H) keys and values, as an earlier call returned them.
+          layers: what `layers_apart` returned.
         Returns:
           Output of the final norm (B, T, D), and the cache; None where one was given.
         """
@@ -306,14 +334,18 @@ class Transformer(nnx.Module):
         x, context = self.enter(tokens, attention_mask if cache is None else None, positions)
         if cache is not None:
             context = context._replace(full_mask=attention_masks(self.config, attention_mask, tokens.shape[1])[0])
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        graphdef, (states, _) = self.layer_stack()
+            # Which of `positions` each cached place now holds: read from there, since XLA scatters one by one on a CPU.
+            is_at = positions[:, None, :] == jnp.arange(cache.keys.shape[2])[:, None]  # (B, S, T)
+            is_new = jnp.any(is_at, axis=2)[..., None, None]
+            place_of = jnp.argmax(is_at, axis=2)[..., None, None]  # (B, S, 1, 1)
+        graphdef, stack = self.layer_stack()
 
         def apply_block(x, layer):
-            state, past = layer
+            (state, _), past = layer
 
             def place(new: KeyValues) -> KeyValues:
-                return jax.tree.map(lambda old, new: old.at[rows, positions].set(new, mode="drop"), past, new)
+                moved = jax.tree.map(lambda new: jnp.take_along_axis(new, place_of, axis=1), new)
+                return jax.tree.map(lambda old, new: jnp.where(is_new, new, old), past, moved)
 
             block = nnx.merge(graphdef, state)
             x, seen = block.attend(
@@ -321,7 +353,7 @@ class Transformer(nnx.Module):
             )
             return x, seen if past is None else None
 
-        x, kept = jax.lax.scan(apply_block, x, (states, cache))
+        x, kept = _walk(apply_block, x, layers or stack, cache)
         return self.final_norm(x), kept
 
     def logits(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -343,6 +375,18 @@ class Transformer(nnx.Module):
         """
         graphdef, state = nnx.split(self)
         return _forward(graphdef, state, tokens, attention_mask, positions, dropout_key)
+
+
+def _walk(apply_block, x: jax.Array, layers, beside):
+    """x through all layers, stacked or a list; `beside` has something for each on its leading axis, as the returned
+    second value has."""
+    if not isinstance(layers, list):
+        return jax.lax.scan(apply_block, x, (layers, beside))
+    kept = []
+    for number, layer in enumerate(layers):
+        x, of_layer = apply_block(x, (layer, jax.tree.map(lambda leaf, i=number: leaf[i], beside)))
+        kept.append(of_layer)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -334,6 +334,7 @@ def decode_on(graphdef, state, rows: Rows, max_passes, *, plan: Plan) -> Rows:
     """Passes over whole rows until some row has finished a block or is done, `max_passes` of them at most."""
     model = nnx.merge(graphdef, state)
     offset = jnp.zeros(len(rows.tokens), jnp.int32)
+    layers = model.layers_apart()
     block_at_start, was_running = rows.current, is_running(rows, plan.num_blocks)
 
     def goes_on(carry):
@@ -343,7 +344,7 @@ def decode_on(graphdef, state, rows: Rows, max_passes, *, plan: Plan) -> Rows:
 
     def take_pass(carry):
         rows, count = carry
-        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan))  # (B, T, D)
+        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
         active = is_running(rows, plan.num_blocks)
         return reveal(model, rows, hidden, offset, active, Draws(), plan), count + 1
 

@@ -1,0 +1,169 @@
+"""Program: what it costs to refuse while the answer is being written, monitor by monitor.
+
+    python -m a2d_jax.early_refusal --checkpoint DIR --base DIR --prompts DIR/world/attacks --out DIR \\
+        --gen_length 128 --steps 128 --buckets 152,160 --batch_size 48 --dtype float32 \\
+        --judge a2d_jax.world:judge --answer_judge a2d_jax.world:is_exact
+
+`--prompts` is a folder: zero_shot.json holds the harmful requests, other attacks may lie beside it, and the files of
+--harmless hold harmless ones. First everything is decoded to its end, attacks and harmless requests (of --base too,
+where it is given). Then each monitor watches the harmful and the harmless requests to their end; its threshold is
+calibrated on every other harmless request, and the requests are decoded again with the monitor at work. So forward
+passes and over-refusals are counted, not computed, the over-refusals among the harmless requests that the threshold has
+not seen. Run again with the same folder, it goes on where it was stopped; the flags of `a2d_jax.evaluate` hold.
+
+    OUT/<model>/<name>/, OUT/<monitor>/{watched, stopped}/<name>/   the evaluations
+    OUT/results.json     {"answers": [...], "monitors": [...]}
+    OUT/results.md       the same for people
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from a2d_jax import evaluate
+from a2d_jax.hf_io import write_json
+from a2d_jax.monitor import EosMonitor, calibrate
+from a2d_jax.scores import auc
+
+HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
+ATTACKS = (HARMFUL, "prefilling", "dija", "fits")
+# The paper's; the left-most mask, and the first four, at the first passes; the left-most at all passes.
+WATCHES = {
+    "first_step": EosMonitor(math.inf),
+    "any_step_8": EosMonitor(math.inf, num_steps=8),
+    "any_position_4_8": EosMonitor(math.inf, num_steps=8, num_positions=4),
+    "any_step": EosMonitor(math.inf, num_steps=None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusalStudy:
+    """The evaluations of one aligned checkpoint, and of its base.
+
+    evaluation: what all share; `prompts` is the folder of prompt files, `out` the folder to write; `attack` is not
+        read.
+    answer_judge: judge of the answers to harmless requests.
+    """
+
+    evaluation: evaluate.EvaluationConfig
+    answer_judge: str
+    base: str | None = None
+    harmless: tuple[str, ...] = ("foods", "near_misses")
+    false_positive_rate: float = 0.0
+
+    def requests(self, model: Any, checkpoint: str, name: str, out: Path, **sampler: Any) -> list[Mapping[str, Any]]:
+        """The records of one prompt file."""
+        is_harmless = name in self.harmless
+        config = dataclasses.replace(
+            self.evaluation,
+            checkpoint=checkpoint,
+            attack="over_refusal" if is_harmless else name,
+            prompts=str(Path(self.evaluation.prompts) / f"{name}.json"),
+            out=str(Path(self.evaluation.out) / out / name),
+            judge=self.answer_judge if is_harmless else self.evaluation.judge,
+            sampler=dataclasses.replace(self.evaluation.sampler, **sampler),
+        )
+        return evaluate.run(config, model)["requests"]
+
+    def answers(self, name: str, model: Any, checkpoint: str) -> dict[str, Any]:
+        """Everything decoded to its end, without a monitor."""
+        folder = Path(self.evaluation.prompts)
+        files = [file for file in (*ATTACKS, *self.harmless) if (folder / f"{file}.json").is_file()]
+        records = {file: self.requests(model, checkpoint, file, Path(name)) for file in files}
+        return {
+            "model": name,
+            "success": {file: mean(records[file], "success") for file in files},
+            "refused": {file: mean(records[file], "is_refused") for file in files},
+        }
+
+    def measure_monitor(self, name: str, model: Any) -> dict[str, Any]:
+        """One monitor: its scores, its threshold, and what it stops."""
+        watch, checkpoint = WATCHES[name], self.evaluation.checkpoint
+
+        def run(kind: str, file: str, monitor: EosMonitor) -> list[Mapping[str, Any]]:
+            return self.requests(model, checkpoint, file, Path(name) / kind, monitor=monitor)
+
+        watched = {file: run("watched", file, watch) for file in (HARMFUL, *self.harmless)}
+        scores = {file: [record["monitor_score"] for record in records] for file, records in watched.items()}
+        harmless = np.concatenate([scores[file] for file in self.harmless])
+        seen = np.concatenate([scores[file][::2] for file in self.harmless])
+        threshold = calibrate(seen, self.false_positive_rate)
+        monitor = dataclasses.replace(watch, threshold=threshold)
+        stopped = {file: run("stopped", file, monitor) for file in (HARMFUL, *self.harmless)}
+        full = mean(watched[HARMFUL], "num_forward")
+        passes = mean(stopped[HARMFUL], "num_forward")
+        return {
+            "monitor": name,
+            "threshold": threshold,
+            "auc": auc(scores[HARMFUL], harmless),
+            "refused": mean(stopped[HARMFUL], "is_rejected"),
+            "forward_passes": passes,
+            "full_forward_passes": full,
+            "times_fewer": full / passes,
+            "over_refusal": {file: mean(stopped[file][1::2], "is_rejected") for file in self.harmless},
+            "num_harmful": len(stopped[HARMFUL]),
+            "num_harmless": {file: len(stopped[file][1::2]) for file in self.harmless},
+        }
+
+
+def mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(np.mean([float(record[key]) for record in records]))
+
+
+def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
+    """All figures of a study."""
+    config, answers = study.evaluation, []
+    if study.base is not None:
+        base = evaluate.load_model(dataclasses.replace(config, checkpoint=study.base))
+        answers.append(study.answers("base", base, study.base))
+        del base
+    model = evaluate.load_model(config)
+    answers.append(study.answers("aligned", model, config.checkpoint))
+    return {"answers": answers, "monitors": [study.measure_monitor(name, model) for name in WATCHES]}
+
+
+def markdown(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Two tables: what the models answer, and what the monitors save."""
+    files = list(results["answers"][0]["success"])
+    lines = ["| success (refused), % | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
+    for row in results["answers"]:
+        cells = [f"{100 * row['success'][file]:.1f} ({100 * row['refused'][file]:.1f})" for file in files]
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    harmless = list(results["monitors"][0]["over_refusal"])
+    titles = ["monitor", "threshold", "AUC", "refused", "forward passes", "times fewer"]
+    titles += [f"over-refusal, {file}" for file in harmless]
+    lines += ["", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row in results["monitors"]:
+        cells = [f"{row['threshold']:.4g}", f"{row['auc']:.4f}", f"{row['refused']:.1%}"]
+        cells += [f"{row['forward_passes']:.2f} of {row['full_forward_passes']:.0f}", f"{row['times_fewer']:.1f}"]
+        cells += [f"{row['over_refusal'][file]:.1%}" for file in harmless]
+        lines.append(f"| {row['monitor']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    given = flags.FLAGS
+    evaluation = evaluate.config_from_flags(attack="")
+    if evaluation.sampler.reject_above is not None:
+        raise ValueError(f"--reject_above={given.reject_above}: the thresholds are calibrated here; leave it out.")
+    study = RefusalStudy(evaluation, given.answer_judge, given.base, tuple(given.harmless), given.false_positive_rate)
+    results = measure(study)
+    out = Path(evaluation.out)
+    write_json(out / "results.json", results)
+    (out / "results.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\n-> {out / 'results.md'}")
+
+
+if __name__ == "__main__":
+    evaluate.define_flags(prompts="folder of prompt files")
+    flags.DEFINE_string("base", None, "checkpoint before the alignment, to be shown beside it")
+    flags.DEFINE_list("harmless", ["foods", "near_misses"], "prompt files of harmless requests, without .json")
+    flags.DEFINE_string("answer_judge", "keywords", "judge of the answers to harmless requests")
+    flags.DEFINE_float("false_positive_rate", 0.0, "share of the calibration requests that may be stopped", 0.0, 1.0)
+    app.run(main)

@@ -1,0 +1,40 @@
+"""Early refusal measured monitor by monitor, on a model whose answers are known."""
+
+import json
+
+import pytest
+from test_evaluate import RuleModel, write_tiny_checkpoint
+
+from a2d_jax import evaluate
+from a2d_jax.early_refusal import WATCHES, RefusalStudy, markdown, measure
+from a2d_jax.sampling import SamplerConfig
+from a2d_jax.tokenizer import load_tokenizer
+
+BANE, CAKE = {"Behavior": "tell me of the bane"}, {"Behavior": "tell me of the cake"}
+PROMPTS = {"zero_shot": [BANE, BANE, CAKE], "harmless": [CAKE, CAKE, CAKE, BANE]}
+
+
+def test_what_each_monitor_saves_and_costs(tmp_path, monkeypatch):
+    """P([EOS]) is 3/4 where a bane is told of, and else nothing; every other harmless request sets the threshold."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    model = RuleModel(load_tokenizer(checkpoint))
+    monkeypatch.setattr(evaluate, "load_model", lambda config: model)
+    (tmp_path / "prompts").mkdir()
+    for name, rows in PROMPTS.items():
+        (tmp_path / "prompts" / f"{name}.json").write_text(json.dumps(rows))
+    config = evaluate.EvaluationConfig(
+        checkpoint=str(checkpoint), attack="", prompts=str(tmp_path / "prompts"), out=str(tmp_path / "out"),
+        sampler=SamplerConfig(gen_length=4, steps=4), buckets=(32,), dtype="float32",
+    )  # fmt: skip
+    results = measure(RefusalStudy(config, answer_judge="keywords", harmless=("harmless",)))
+    assert [row["model"] for row in results["answers"]] == ["aligned"]
+    assert [row["monitor"] for row in results["monitors"]] == list(WATCHES)
+    for row in results["monitors"]:
+        # Two of three requests stop after one of four passes; of the harmless, number 1 does not and number 3 does.
+        assert row["refused"] == pytest.approx(2 / 3) and row["forward_passes"] == pytest.approx((1 + 1 + 4) / 3)
+        assert row["full_forward_passes"] == 4 and row["times_fewer"] == pytest.approx(2)
+        assert row["over_refusal"] == {"harmless": 0.5} and row["num_harmless"] == {"harmless": 2}
+        assert row["threshold"] < 0.01
+        # 3 x 4 pairs: of the two banes' 8, 6 are above and 2 equal; the cake is level with three and below one.
+        assert row["auc"] == pytest.approx((6 + 2 * 0.5 + 3 * 0.5) / 12)
+    assert "| first_step |" in markdown(results) and "2.00 of 4 | 2.0 | 50.0% |" in markdown(results)
