@@ -1,6 +1,6 @@
 """Program: the safety study: trainings x measurements over several seeds, and one report of what they show.
 
-    python -m a2d_jax.study --config configs/study_world.py --workdir DIR [--only defences,depth]
+    python -m a2d_jax.study --config configs/study_world.py --workdir DIR [--only defences,depth] [--workers 2]
 
 A study is a config (`configs/study_world.py` says more): how a seed is prepared and its base model made; trainings,
 each a file of configs/ with a few fields changed; measures, each an evaluation of `a2d_jax.evaluate`; and parts. A part
@@ -13,13 +13,18 @@ Everything is a command that resumes, so the study does too.
 """
 
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import string
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 import numpy as np
 from absl import app, flags, logging
@@ -187,16 +192,23 @@ class Seed:
             return folder
         return target if (target / "config.json").is_file() else export(folder, target)
 
-    def measure(self, model: str, name: str) -> dict[str, Any]:
-        """The scores of one evaluation."""
+    def results(self, model: str, name: str) -> dict[str, Any]:
+        """The scores of an evaluation that is there."""
+        return json.loads((self.evaluation(model, name) / "results.json").read_text(encoding="utf-8"))
+
+    def evaluation(self, model: str, name: str) -> Path:
+        return self.folder / "evaluations" / model / name
+
+    def measure(self, model: str, name: str) -> None:
+        """One evaluation."""
         study, measure = self.study, self.study.measures[name]
         sampler = SamplerConfig(**{**study.sampler, **measure.sampler})
-        return evaluate.run(
+        evaluate.run(
             evaluate.EvaluationConfig(
                 checkpoint=str(self.model(model)),
                 attack=measure.attack,
                 prompts=self.fill(measure.prompts),
-                out=str(self.folder / "evaluations" / model / name),
+                out=str(self.evaluation(model, name)),
                 sampler=sampler,
                 attack_settings=AttackSettings(**measure.settings),
                 judge=measure.judge or study.judge,
@@ -211,14 +223,26 @@ class Seed:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def run_grid(part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
-    """One record a model, measure and seed."""
+def fill_part(name: str, part: Part, seed: Seed) -> None:
+    """Everything that the report needs of one part and seed, unless it is there."""
+    if not part.command:
+        for model, measure in itertools.product(part.models, part.measures):
+            seed.measure(model, measure)
+        return
+    out = seed.folder / name
+    if not all((out / file).is_file() for file in (*part.tables, *part.pictures)):
+        seed.model("base")
+        run_command(*(seed.fill(word, out=out) for word in part.command))
+
+
+def grid_records(study: StudyConfig, part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
+    """One record a model, measure and seed of a grid that has been filled."""
     return [
         {
             "model": model,
             "measure": name,
             "seed": seed.seed,
-            "value": (scores := seed.measure(model, name))[seed.study.measures[name].score],
+            "value": (scores := seed.results(model, name))[study.measures[name].score],
             "num_requests": scores["num_requests"],
         }
         for seed in seeds
@@ -272,15 +296,6 @@ def plot_grid(path: Path, title: str, grid: Grid) -> None:
     plt.close(figure)
 
 
-def run_program(name: str, part: Part, seeds: Sequence[Seed]) -> None:
-    """The part's command for every seed, unless all it leaves is there."""
-    for seed in seeds:
-        out = seed.folder / name
-        if not all((out / file).is_file() for file in (*part.tables, *part.pictures)):
-            seed.model("base")
-            run_command(*(seed.fill(word, out=out) for word in part.command))
-
-
 def _as_markdown(table: Path) -> str:
     """A table in the report: one in Markdown as it is, any other as preformatted text."""
     text = table.read_text(encoding="utf-8")
@@ -314,7 +329,7 @@ def section(name: str, part: Part, seeds: Sequence[Seed], workdir: Path) -> str:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None) -> None:
+def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None, num_workers: int = 1) -> None:
     """Runs the parts, and writes the report of all that are there."""
     _check_names("parts", only or (), set(study.parts))
     todo = [name for name in study.parts if not only or name in only]
@@ -322,42 +337,120 @@ def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None) ->
         f"{len(todo)} parts: {', '.join(todo)}; seeds {', '.join(map(str, study.seeds))}; writes {workdir}", flush=True
     )
     claim_folder(workdir, study.settings())
-    seeds = {seed: Seed(study, seed, workdir) for seed in study.seeds}
+    keep_compiled(workdir / "compiled")
     start = time.monotonic()
-    for number, name in enumerate(todo, 1):
-        part = study.parts[name]
-        of_part = [seeds[seed] for seed in part.seeds or study.seeds]
-        if part.command:
-            run_program(name, part, of_part)
-        else:
-            records = run_grid(part, of_part)
-            plot_grid(workdir / f"{name}.png", part.title, Grid.of(part, records))
-            write_json(workdir / f"{name}.json", {"part": name, "records": records})
-        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / number * (len(todo) - number)))
-        print(f"== {name} done, {number}/{len(todo)}, ETA {eta}", flush=True)
-        write_report(study, seeds, workdir)
+    hands = deal(study, todo, num_workers)
+    if len(hands) > 1:
+        run_workers(study, workdir, todo, hands)
+    else:
+        work(study, workdir, todo, study.seeds)
+    write_report(study, workdir)
     print(f"{len(todo)} parts in {time.monotonic() - start:.0f} s -> {workdir / 'study.md'}")
 
 
-def write_report(study: StudyConfig, seeds: Mapping[int, Seed], workdir: Path) -> None:
-    """study.md, of the parts that have been run."""
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, for this process and the commands that it runs, unless they are kept."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.absolute())
+
+
+def work(study: StudyConfig, workdir: Path, todo: Sequence[str], numbers: Sequence[int]) -> None:
+    """Fills the parts `todo` of some seeds, part by part."""
+    seeds, start = {number: Seed(study, number, workdir) for number in numbers}, time.monotonic()
+    for done, name in enumerate(todo, 1):
+        for number in seeds_of(study, name):
+            if number in seeds:
+                fill_part(name, study.parts[name], seeds[number])
+        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / done * (len(todo) - done)))
+        print(f"== {name} done, {done}/{len(todo)}, ETA {eta}", flush=True)
+
+
+def seeds_of(study: StudyConfig, name: str) -> tuple[int, ...]:
+    """Seeds of a part."""
+    return study.parts[name].seeds or study.seeds
+
+
+def deal(study: StudyConfig, todo: Sequence[str], num_workers: int) -> list[list[int]]:
+    """The seeds of each worker: each seed goes to who has least to do, those with the most parts first."""
+    num_parts = Counter(seed for name in todo for seed in seeds_of(study, name))
+    hands: list[list[int]] = [[] for _ in range(min(num_workers, len(num_parts)))]
+    for seed, _ in num_parts.most_common():
+        min(hands, key=lambda hand: sum(num_parts[own] for own in hand)).append(seed)
+    return hands
+
+
+def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: Sequence[Sequence[int]]) -> None:
+    """A process for each hand of seeds, with its share of the cores; what it prints goes to worker<N>.log.
+
+    Raises:
+      RuntimeError: a worker failed; the others have finished.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = []
+    for number, hand in enumerate(hands):
+        log, share = workdir / f"worker{number}.log", cores[number :: len(hands)]
+        print(f"worker {number}: seeds {', '.join(map(str, hand))}, cores {share or 'any'}, log {log}", flush=True)
+        # A process started anew: JAX does not survive a fork.
+        worker = multiprocessing.get_context("spawn").Process(
+            target=_work, args=(log, share, study, workdir, todo, hand)
+        )
+        worker.start()
+        workers.append(worker)
+    for worker in workers:
+        worker.join()
+    failed = [str(number) for number, worker in enumerate(workers) if worker.exitcode]
+    if failed:
+        raise RuntimeError(
+            f"worker {', '.join(failed)} failed; see worker<N>.log in {workdir}, then run again: it goes on."
+        )
+
+
+def _work(log: Path, cores: Sequence[int], study: StudyConfig, workdir: Path, todo: Sequence[str], hand) -> None:
+    """What a worker process does."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    logging.set_verbosity(logging.WARNING)
+    work(study, workdir, todo, hand)
+
+
+def write_report(study: StudyConfig, workdir: Path) -> None:
+    """study.md, of the parts that have been filled for all their seeds."""
     sections = []
     for name, part in study.parts.items():
-        of_part = [seeds[seed] for seed in part.seeds or study.seeds]
-        left = [seed.folder / name / file for seed in of_part for file in (*part.tables, *part.pictures)]
-        if all(file.is_file() for file in left or [workdir / f"{name}.json"]):
-            sections.append(section(name, part, of_part, workdir))
+        of_part = [Seed(study, number, workdir) for number in seeds_of(study, name)]
+        if part.command:
+            files = [seed.folder / name / file for seed in of_part for file in (*part.tables, *part.pictures)]
+        else:
+            cells = itertools.product(of_part, part.models, part.measures)
+            files = [seed.evaluation(model, measure) / "results.json" for seed, model, measure in cells]
+        if not all(file.is_file() for file in files):
+            continue
+        if not part.command:
+            records = grid_records(study, part, of_part)
+            plot_grid(workdir / f"{name}.png", part.title, Grid.of(part, records))
+            write_json(workdir / f"{name}.json", {"part": name, "records": records})
+        sections.append(section(name, part, of_part, workdir))
     write_beside(workdir / "study.md", lambda file: file.write(("\n".join(["# Safety study", "", *sections])).encode()))
 
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    run(StudyConfig.from_dict(flags.FLAGS.config.to_dict()), Path(flags.FLAGS.workdir), flags.FLAGS.only)
+    run(
+        StudyConfig.from_dict(flags.FLAGS.config.to_dict()),
+        Path(flags.FLAGS.workdir),
+        flags.FLAGS.only,
+        flags.FLAGS.workers,
+    )
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "the study: a file of configs/")
     flags.DEFINE_string("workdir", None, "folder to write, and to continue", required=True)
     flags.DEFINE_list("only", None, "parts to run now; default: all")
+    flags.DEFINE_integer("workers", 1, "processes among which the seeds are dealt, each with its share of the cores", 1)
     flags.mark_flag_as_required("config")
     app.run(main)

@@ -20,7 +20,7 @@ RESIDUALS = {
     "uniform_0.1": ("residual.weight=0.1",),
     "uniform_0.3": (),
     "uniform_1": ("residual.weight=1.0",),
-    "tokens_0.3": ("residual.target=tokens", "residual.text='sorry, i can not help with that.'"),
+    "tokens_0.3": ("residual.target=tokens", "residual.text=sorry, i can not help with that."),
     "marginal_0.3": ("residual.target=marginal",),
     "base_0.3": ("residual.target=base",),
 }
@@ -51,6 +51,9 @@ def trainings() -> dict:
         "pretrain": {"config": "configs/world_pretrain.py:{world}", "start": "{world}/model"},
         "trained_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
         **{name: {"config": f"configs/world_{name}.py:{{world}}"} for name in ("rt", "sft", "vrpo", "a2d")},
+        "compliant": {"config": "configs/world_compliant.py:{world}"},
+        "compliant_rt": {"config": "configs/world_rt.py:{world}", "start": "compliant"},
+        "compliant_a2d": {"config": "configs/world_a2d.py:{world}", "start": "compliant"},
         "bilingual": {"config": "configs/world_bilingual.py:{world}"},
         "a2d_bilingual": {"config": "configs/world_a2d.py:{world}", "start": "bilingual"},
         "causal_base": {"config": "configs/world_causal_base.py:{world}", "start": "{world}/model_causal"},
@@ -66,6 +69,15 @@ def trainings() -> dict:
     return runs
 
 
+def depth(base: str, **aligned: str) -> tuple[str, ...]:
+    """KL of models to the base that they were trained from."""
+    models = ",".join(f"{name}={{{model}}}" for name, model in aligned.items())
+    return (
+        "a2d_jax.depth", f"--base={{{base}}}", f"--aligned={models}", "--rows={world}/attacks/harmful_texts.jsonl",
+        "--out={out}", "--batch_size=16", "--dtype=float32",
+    )  # fmt: skip
+
+
 def parts() -> dict:
     plain = tuple(f"{attack} confidence" for attack in ATTACKS)
     harmless = ("foods", "near_misses")
@@ -79,11 +91,9 @@ def parts() -> dict:
         },
         "depth": {
             "title": "How deep the alignment goes",
-            "text": "KL(aligned || base) and total variation along the answers of the held-out curses.",
-            "command": (
-                "a2d_jax.depth", "--base={base}", "--aligned=rt={rt},vrpo={vrpo},a2d={a2d}", "--dtype=float32",
-                "--rows={world}/attacks/harmful_texts.jsonl", "--out={out}", "--batch_size=16",
-            ),
+            "text": "KL(aligned || base) and total variation along the answers of the held-out curses, where the base "
+            "answers every request.",
+            "command": depth("compliant", rt="compliant_rt", a2d="compliant_a2d"),
             "tables": ("table.txt",),
             "pictures": ("depth.png",),
         },
@@ -93,11 +103,29 @@ def parts() -> dict:
             "models": ("a2d", *(f"residual_{name}" for name in RESIDUALS)),
             "measures": (*banned, *plain, *harmless),
         },
-        "ablations": {
-            "title": "A2D with one thing changed",
-            "text": "The refusal token, the mask ratio, the share of harmful rows, the adapter.",
-            "models": tuple(VARIANTS),
-            "measures": (*plain, "dija left_to_right", "dija random", *harmless),
+        "compressed": {
+            "title": "Both methods together",
+            "text": "Base and aligned model at 4, 3 and 2 bits, by what H was calibrated on; and the base compressed "
+            "to 2 bits first, its factors aligned afterwards.",
+            "command": (
+                "odlri_jax.safety_study", "--out={out}", "--checkpoints=base={base_hf},a2d={a2d_hf}",
+                "--calibration_rows=harmless={world}/data/a2d_retain.jsonl,harmful={world}/data/a2d_harmful.jsonl",
+                "--prompts=" + ",".join(f"{attack}={prompts(attack)}" for attack in ATTACKS),
+                "--harmless=" + ",".join(f"{name}={prompts(name)}" for name in harmless),
+                "--bits=4,3,2", "--ranks=4,8", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--seed={seed}",
+                "--outer_iters=5", "--tune_iters=2", "--num_windows=448",
+                "--align=base", "--align_bits=2", "--align_calibrations=mixture",
+                "--align_config=configs/world_a2d.py:{world}", *DECODING,
+            ),
+            "tables": ("results.md",),
+            "pictures": ("results.png",),
+        },
+        "depth_refusing": {
+            "title": "Depth over the base that refuses by itself",
+            "text": "The same over the study's base, which refuses direct requests before any alignment.",
+            "command": depth("base", rt="rt", vrpo="vrpo", a2d="a2d"),
+            "tables": ("table.txt",),
+            "pictures": ("depth.png",),
             "seeds": (0,),
         },
         "adaptive": {
@@ -122,13 +150,6 @@ def parts() -> dict:
             "tables": ("table.txt",),
             "seeds": (0,),
         },
-        "language": {
-            "title": "Another language of the same request",
-            "text": "A base that read everything in two languages, aligned in the first, asked in the second.",
-            "models": ("bilingual", "a2d_bilingual"),
-            "measures": (*(f"{attack}, renamed" for attack in ATTACKS), *plain, *harmless),
-            "seeds": (0,),
-        },
         "causal": {
             "title": "Autoregressive A2D",
             "text": "The same objective for a causal model: [EOS] behind every prefix of a harmful answer.",
@@ -136,21 +157,19 @@ def parts() -> dict:
             "measures": ("zero_shot confidence", "prefilling confidence", *harmless),
             "seeds": (0,),
         },
-        "compressed": {
-            "title": "Both methods together",
-            "text": "Base and aligned model at 4, 3 and 2 bits, by what H was calibrated on; and the base compressed "
-            "first, its factors aligned afterwards.",
-            "command": (
-                "odlri_jax.safety_study", "--out={out}", "--checkpoints=base={base_hf},a2d={a2d_hf}",
-                "--calibration_rows=harmless={world}/data/a2d_retain.jsonl,harmful={world}/data/a2d_harmful.jsonl",
-                "--prompts=" + ",".join(f"{attack}={prompts(attack)}" for attack in ATTACKS),
-                "--harmless=" + ",".join(f"{name}={prompts(name)}" for name in harmless),
-                "--bits=4,3,2", "--ranks=4,8", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--seed={seed}",
-                "--outer_iters=5", "--tune_iters=2", "--align=base",
-                "--align_config=configs/world_a2d.py:{world}", *DECODING,
-            ),
-            "tables": ("results.md",),
-            "pictures": ("results.png",),
+        "language": {
+            "title": "Another language of the same request",
+            "text": "A base that read everything in two languages, aligned in the first, asked in the second.",
+            "models": ("bilingual", "a2d_bilingual"),
+            "measures": (*(f"{attack}, renamed" for attack in ATTACKS), *plain, *harmless),
+            "seeds": (0,),
+        },
+        "ablations": {
+            "title": "A2D with one thing changed",
+            "text": "The refusal token, the mask ratio, the share of harmful rows, the adapter.",
+            "models": tuple(VARIANTS),
+            "measures": (*plain, "dija left_to_right", "dija random", *harmless),
+            "seeds": (0,),
         },
         "early_refusal": {
             "title": "Refused at once, with 128 tokens of response",
