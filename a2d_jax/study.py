@@ -42,8 +42,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training run: a file of configs/ (with {world} for the seed's data), the model or the folder (with a place in
-    braces) that it starts from, and fields changed."""
+    """A training run: a file of configs/ (with {world} for the seed's data), the model or the folder (a path with a
+    slash, places in braces) that it starts from, and fields changed."""
 
     config: str
     start: str = "base"
@@ -92,6 +92,7 @@ class StudyConfig:
       seeds: of worlds and trainings.
       prepare: commands that make a seed's data.
       base: folder of the base model, or the name of a training.
+      carried: folders of base models that are there already, by seed.
       sampler, batch_size, buckets, dtype, judge: of every evaluation.
     """
 
@@ -101,6 +102,7 @@ class StudyConfig:
     measures: Mapping[str, Measure]
     parts: Mapping[str, Part]
     prepare: tuple[tuple[str, ...], ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
     buckets: tuple[int, ...] = evaluate.DEFAULT_BUCKETS
@@ -134,7 +136,7 @@ class StudyConfig:
         """ValueError for a name that nothing has."""
         models, measures = {"base", *self.trainings}, set(self.measures)
         for name, training in self.trainings.items():
-            if "{" not in training.start:
+            if "/" not in training.start:
                 _check_names(f"trainings.{name}.start", [training.start], models)
         for name, part in self.parts.items():
             if bool(part.command) == bool(part.models and part.measures):
@@ -166,12 +168,13 @@ class Seed:
             for command in self.study.prepare:
                 run_command(*(self.fill(word) for word in command))
         if name not in self._models:
-            if name == "base" and self.study.base not in self.study.trainings:
-                self._models[name] = Path(self.fill(self.study.base))
+            base = self.study.carried.get(str(self.seed), self.study.base)
+            own = base if name == "base" else name
+            if own not in self.study.trainings:
+                self._models[name] = Path(self.fill(own))
             else:
-                own = self.study.base if name == "base" else name
                 training = self.study.trainings[own]
-                start = self.fill(training.start) if "{" in training.start else self.model(training.start)
+                start = self.fill(training.start) if "/" in training.start else self.model(training.start)
                 changes = [self.fill(change) for change in training.changes]
                 folder = self.folder / "models" / own
                 self._models[name] = train(self.fill(training.config), folder, start, self.seed, changes)

@@ -3,15 +3,20 @@
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR --only defences,depth --config.seeds="(0,)"
 
-A finished base model is taken in place of a trained one by --config.base: a folder, with {seed} in its name. On two CPU
-cores the bases take about ten minutes a seed of the whole.
+World 0 has the base that the package carries; from it the bases of the other worlds are trained. With
+--config.base=scratch_base they are trained from random weights, in five times the steps; a folder, with {seed} in its
+name, is taken as it is.
 """
+
+from pathlib import Path
 
 from ml_collections import config_dict
 
+import a2d_jax
 from a2d_jax.orders import ORDERS
 from configs.world_ablations import VARIANTS
 
+CARRIED = str(Path(a2d_jax.__file__).parent / "world_base")  # of world 0
 ATTACKS = ("zero_shot", "prefilling", "dija", "fits")
 FILLING = ("dija", "fits")
 DECODING = ("--gen_length=24", "--steps=24", "--block_length=24", "--batch_size=64", "--buckets=40,56,96")
@@ -48,8 +53,9 @@ def measures() -> dict:
 def trainings() -> dict:
     """The base in its two stages, the defences, the variants of A2D, the second language, the causal models."""
     runs = {
+        "next_base": {"config": "configs/world_next.py:{world}", "start": CARRIED},
         "pretrain": {"config": "configs/world_pretrain.py:{world}", "start": "{world}/model"},
-        "trained_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
+        "scratch_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
         **{name: {"config": f"configs/world_{name}.py:{{world}}"} for name in ("rt", "sft", "vrpo", "a2d")},
         "compliant": {"config": "configs/world_compliant.py:{world}"},
         "compliant_rt": {"config": "configs/world_rt.py:{world}", "start": "compliant"},
@@ -99,8 +105,8 @@ def parts() -> dict:
         },
         "residual": {
             "title": "Safe without [EOS]: the residual term",
-            "text": "A2D, and with KL(target || p without [EOS] and [MASK]) at the masked positions of harmful rows.",
-            "models": ("a2d", *(f"residual_{name}" for name in RESIDUALS)),
+            "text": "A2D, and with 0.3 KL(target || p without [EOS] and [MASK]) at masked positions of harmful rows.",
+            "models": ("a2d", *(f"residual_{target}_0.3" for target in ("uniform", "tokens", "marginal", "base"))),
             "measures": (*banned, *plain, *harmless),
         },
         "compressed": {
@@ -126,6 +132,13 @@ def parts() -> dict:
             "command": depth("base", rt="rt", vrpo="vrpo", a2d="a2d"),
             "tables": ("table.txt",),
             "pictures": ("depth.png",),
+            "seeds": (0,),
+        },
+        "residual_weight": {
+            "title": "The weight of the residual term",
+            "text": "The target uniform with other weights.",
+            "models": ("a2d", *(f"residual_uniform_{weight}" for weight in ("0.1", "0.3", "1"))),
+            "measures": (*banned, *plain, *harmless),
             "seeds": (0,),
         },
         "adaptive": {
@@ -190,7 +203,8 @@ def get_config() -> config_dict.ConfigDict:
         {
             "seeds": (0, 1, 2),
             "prepare": (("a2d_jax.world", "--seed={seed}", "--out={world}"),),
-            "base": "trained_base",
+            "base": "next_base",
+            "carried": {"0": CARRIED},
             "trainings": trainings(),
             "measures": measures(),
             "parts": tuple({"name": name, **part} for name, part in parts().items()),
