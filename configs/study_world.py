@@ -97,8 +97,8 @@ def parts() -> dict:
         },
         "depth": {
             "title": "How deep the alignment goes",
-            "text": "KL(aligned || base) and total variation along the answers of the held-out curses as they are written, "
-            "where the base answers every request.",
+            "text": "KL(aligned || base) and total variation along the answers of the held-out curses as they are "
+            "written, where the base answers every request.",
             "command": depth("compliant", rt="compliant_rt", a2d="compliant_a2d"),
             "tables": ("table.txt",),
             "pictures": ("depth.png",),
