@@ -92,7 +92,7 @@ class StudyConfig:
       seeds: of worlds and trainings.
       prepare: commands that make a seed's data.
       base: folder of the base model, or the name of a training.
-      carried: folders of base models that are there already, by seed.
+      carried: folders of bases that need no training, by seed.
       sampler, batch_size, buckets, dtype, judge: of every evaluation.
     """
 
@@ -168,7 +168,9 @@ class Seed:
             for command in self.study.prepare:
                 run_command(*(self.fill(word) for word in command))
         if name not in self._models:
-            base = self.study.carried.get(str(self.seed), self.study.base)
+            base = self.study.base
+            if base in self.study.trainings:
+                base = self.study.carried.get(str(self.seed), base)
             own = base if name == "base" else name
             if own not in self.study.trainings:
                 self._models[name] = Path(self.fill(own))

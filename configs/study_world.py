@@ -3,9 +3,9 @@
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR --only defences,depth --config.seeds="(0,)"
 
-World 0 has the base that the package carries; from it the bases of the other worlds are trained. With
---config.base=scratch_base they are trained from random weights, in five times the steps; a folder, with {seed} in its
-name, is taken as it is.
+World 0 has the base that the package carries; those of the other worlds are trained from random weights. With
+--config.base=next_base they are trained from the carried one in a fifth of the steps, and know less; a folder, with
+{seed} in its name, is taken as it is.
 """
 
 from pathlib import Path
@@ -53,9 +53,9 @@ def measures() -> dict:
 def trainings() -> dict:
     """The base in its two stages, the defences, the variants of A2D, the second language, the causal models."""
     runs = {
-        "next_base": {"config": "configs/world_next.py:{world}", "start": CARRIED},
         "pretrain": {"config": "configs/world_pretrain.py:{world}", "start": "{world}/model"},
-        "scratch_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
+        "trained_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
+        "next_base": {"config": "configs/world_next.py:{world}", "start": CARRIED},
         **{name: {"config": f"configs/world_{name}.py:{{world}}"} for name in ("rt", "sft", "vrpo", "a2d")},
         "compliant": {"config": "configs/world_compliant.py:{world}"},
         "compliant_rt": {"config": "configs/world_rt.py:{world}", "start": "compliant"},
@@ -203,7 +203,7 @@ def get_config() -> config_dict.ConfigDict:
         {
             "seeds": (0, 1, 2),
             "prepare": (("a2d_jax.world", "--seed={seed}", "--out={world}"),),
-            "base": "next_base",
+            "base": "trained_base",
             "carried": {"0": CARRIED},
             "trainings": trainings(),
             "measures": measures(),

@@ -5,8 +5,8 @@
         --config.model.checkpoint=a2d_jax/world_base
 
 The rows are those of `world_base.py`. How recipes are looked up is learned already, so that the new ones take a fifth
-of the steps from random weights (`world_pretrain.py`, then `world_base.py`). Of names that both worlds hold the new
-recipe stays.
+of the steps from random weights (`world_pretrain.py`, then `world_base.py`), and are known less well: of world 1's
+held-out curses prefilling yielded 75 % and FITS 69 %, where the base of world 0 gives all.
 """
 
 from ml_collections import config_dict

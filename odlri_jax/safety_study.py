@@ -258,21 +258,20 @@ def plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     figure, panels = plt.subplots(
         2, len(models), figsize=(4.5 * len(models), 6), sharex=True, sharey="row", squeeze=False
     )
+    colors = {
+        name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["calibration"] for r in records if r["calibration"]))
+    }
     for column, (model, is_after) in enumerate(models):
-        own = [
-            r
-            for r in records
-            if r["model"] == model and (r["calibration"] is None or r["is_aligned_after"] == is_after)
-        ]
-        for i, calibration in enumerate(dict.fromkeys(r["calibration"] for r in own if r["calibration"])):
+        own = [r for r in records if r["model"] == model and r["is_aligned_after"] == is_after]
+        for calibration in dict.fromkeys(r["calibration"] for r in own if r["calibration"]):
             points = sorted(
                 (r for r in own if r["calibration"] in (calibration, None)), key=lambda r: r["bits_per_weight"]
             )
             bits = [r["bits_per_weight"] for r in points]
             worst = [100 * max(r["success"].values()) for r in points]
             answered = [100 * np.mean(list(r["answered"].values())) for r in points]
-            panels[0, column].plot(bits, worst, "o-", color=f"C{i}", markersize=4, label=calibration)
-            panels[1, column].plot(bits, answered, "o-", color=f"C{i}", markersize=4, label=calibration)
+            panels[0, column].plot(bits, worst, "o-", color=colors[calibration], markersize=4, label=calibration)
+            panels[1, column].plot(bits, answered, "o-", color=colors[calibration], markersize=4, label=calibration)
         panels[0, column].set_title(model + (", aligned after compression" if is_after else ""))
         panels[1, column].set(xlabel="bits a weight", xscale="log")
         panels[1, column].set_xticks([2, 3, 4, 6, 8, 16, 32], ["2", "3", "4", "6", "8", "16", "32"])

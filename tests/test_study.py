@@ -10,7 +10,7 @@ import pytest
 import a2d_jax
 import a2d_jax.train
 from a2d_jax.stages import ROOT, read_config, train
-from a2d_jax.study import Grid, Measure, Part, StudyConfig, Training, deal, grid_markdown, run
+from a2d_jax.study import Grid, Measure, Part, Seed, StudyConfig, Training, deal, grid_markdown, run
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
 GRID = Part("Grid", models=("base", "a2d"), measures=("dija", "fits"))
@@ -164,6 +164,13 @@ def test_a_failed_worker_is_named(study, tmp_path):
     with pytest.raises(RuntimeError, match="worker 0, 1 failed; see worker<N>.log"):
         run(broken, tmp_path / "out", num_workers=2)
     assert "none" in (tmp_path / "out" / "worker0.log").read_text()
+
+
+def test_a_carried_base_is_not_trained_and_a_named_folder_goes_before_it(study, tmp_path):
+    carried = dataclasses.replace(study, base="a2d", carried={"0": "carried/zero"}, prepare=())
+    assert Seed(carried, 0, tmp_path).model("base") == Path("carried/zero")
+    named = dataclasses.replace(carried, base="bases/{seed}")
+    assert Seed(named, 0, tmp_path).model("base") == Path("bases/0")
 
 
 def test_a_training_reads_its_config_as_the_command_does():
