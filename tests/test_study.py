@@ -10,7 +10,8 @@ import pytest
 import a2d_jax
 import a2d_jax.train
 from a2d_jax.stages import ROOT, read_config, train
-from a2d_jax.study import Grid, Measure, Part, Seed, StudyConfig, Training, deal, grid_markdown, run
+from a2d_jax.study import Measure, Part, Seed, StudyConfig, Training, deal, run
+from a2d_jax.study_grid import Grid, grid_markdown
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
 GRID = Part("Grid", models=("base", "a2d"), measures=("dija", "fits"))
