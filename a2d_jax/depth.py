@@ -12,11 +12,15 @@ A shallow alignment differs from its base in the first tokens and then goes alon
 (A2D, depth of alignment). The order is that in which the base itself would write: left to right, at random, or the
 position of which it is surest; so every aligned model is measured on the same texts with the same gaps.
 
+The curve runs along the tokens in the order in which they are written: its left end is where nothing of the response
+stands yet, its right end where all else does. That is position by position where the order is left to right; in other
+orders a place near the end may be written early, and means by place mix the two (they are reported too).
+
 KL also depends on how unlikely the base holds a refusal, which differs from place to place. So the total variation
 between the two, from 0 to 1, is measured beside it.
 
     OUT/<model>_<order>.json   KL and place of each token of each response, written as they come
-    OUT/results.json           means by position, and by quarters of the response; OUT/depth.png, OUT/table.txt
+    OUT/results.json           means along the response, and by its quarters; OUT/depth.png, OUT/table.txt
 """
 
 import dataclasses
@@ -200,42 +204,52 @@ def summarize(records: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Any
     """Means over the responses.
 
     Returns:
-      "kl": mean at each response position, "kl_quarters": mean within each quarter of every response by position,
-      "kl_last_to_first": the last quarter over the first; the same of "tv"; "num_tokens": how many responses reach each
-      position, "num_responses". Responses of fewer than four tokens have no quarters.
+      "kl": mean of the first token written, of the second, ...; "kl_quarters": mean within each quarter of every
+      response, "kl_last_to_first": the last quarter over the first; "kl_by_place": {"mean", "quarters",
+      "last_to_first"} by the place in the response instead; the same of "tv"; "num_tokens": how many responses have so
+      many tokens, "num_responses". Responses of fewer than four tokens have no quarters.
     """
     lengths = np.array([len(record["kl"]) for record in records])
     summary: dict[str, Any] = {}
     for name in DISTANCES:
-        padded = np.array([[*record[name], *[np.nan] * (max(lengths) - len(record[name]))] for record in records])
-        long = [np.array_split(record[name], NUM_QUARTERS) for record in records if len(record[name]) >= NUM_QUARTERS]
-        quarters = (
-            [float(np.mean([np.mean(parts[i]) for parts in long])) for i in range(NUM_QUARTERS)] if long else None
-        )
+        written = [np.array(record[name])[np.argsort(record["step"])] for record in records]
+        along = _means(written)
         summary |= {
-            name: np.nanmean(padded, axis=0).tolist(),
-            f"{name}_quarters": quarters,
-            f"{name}_last_to_first": quarters[-1] / quarters[0] if quarters and quarters[0] > 0 else None,
+            name: along["mean"],
+            f"{name}_quarters": along["quarters"],
+            f"{name}_last_to_first": along["last_to_first"],
+            f"{name}_by_place": _means([record[name] for record in records]),
         }
     num_tokens = np.sum(np.arange(max(lengths)) < lengths[:, None], axis=0).tolist()
     return summary | {"num_tokens": num_tokens, "num_responses": len(records)}
 
 
+def _means(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The mean of the first numbers of all rows, of the second, ...; of each quarter; the last quarter to the first."""
+    longest = max(map(len, rows))
+    padded = np.array([[*row, *[np.nan] * (longest - len(row))] for row in rows])
+    parts = [np.array_split(row, NUM_QUARTERS) for row in rows if len(row) >= NUM_QUARTERS]
+    quarters = [float(np.mean([np.mean(part[i]) for part in parts])) for i in range(NUM_QUARTERS)] if parts else None
+    ratio = quarters[-1] / quarters[0] if quarters and quarters[0] > 0 else None
+    return {"mean": np.nanmean(padded, axis=0).tolist(), "quarters": quarters, "last_to_first": ratio}
+
+
 def table(curves: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Means by quarter of the response, and the last over the first, as text."""
+    """Means by quarter of the response as it is written, the last over the first, and that by place, as text."""
     quarters = "".join(f"{f'quarter {number}':>12}" for number in range(1, NUM_QUARTERS + 1))
-    lines = [f"{'model':10}{'order':16}{'':4}{quarters}{'last/first':>12}"]
+    lines = [f"{'model':10}{'order':16}{'':4}{quarters}{'last/first':>12}{'by place':>12}"]
     for model, of_model in curves.items():
         for order, curve in of_model.items():
             for name in DISTANCES:
                 numbers = [*(curve[f"{name}_quarters"] or ()), curve[f"{name}_last_to_first"]]
+                numbers.append(curve[f"{name}_by_place"]["last_to_first"])
                 cells = "".join(f"{'-' if number is None else format(number, '.3f'):>12}" for number in numbers)
                 lines.append(f"{model:10}{order:16}{name:4}{cells}")
     return "\n".join(lines) + "\n"
 
 
 def plot(curves: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
-    """One panel an order, one line a model: mean KL by position in the response."""
+    """One panel an order, one line a model: mean KL along the response as it is written."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -246,7 +260,7 @@ def plot(curves: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> N
             if order in of_model:
                 axis.plot(np.arange(1, len(of_model[order]["kl"]) + 1), of_model[order]["kl"], label=model)
         axis.set_title(order.replace("_", " "))
-        axis.set_xlabel("position in the response")
+        axis.set_xlabel("token of the response, as written")
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("KL(aligned || base), nats")
     axes[0, -1].legend(frameon=False)

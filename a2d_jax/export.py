@@ -19,13 +19,6 @@ from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import save_adapter
 from a2d_jax.pretrained import hf_files, load_pretrained
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "converted, training or Hugging Face folder", required=True)
-_TARGET = flags.DEFINE_string("target", None, "folder to write", required=True)
-_ADAPTER = flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's layout")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "of the written tensors; default: config.json's"
-)
-
 
 def base_model_of(checkpoint: str) -> str | None:
     """The base that a training folder names, for PEFT's configuration."""
@@ -33,26 +26,42 @@ def base_model_of(checkpoint: str) -> str | None:
     return json.loads(settings.read_text())["model"]["checkpoint"] if settings.is_file() else None
 
 
-def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    source, target = _CHECKPOINT.value, Path(_TARGET.value)
-    if target.exists() and target.resolve() == Path(source).resolve():
+def export(checkpoint: str | Path, target: str | Path, is_adapter: bool = False, dtype: str | None = None) -> None:
+    """Writes `target`: the whole model in `dtype` (None: config.json's), or with `is_adapter` its adapter alone.
+
+    Raises:
+      ValueError: a target that is the checkpoint itself, or no adapter where one is asked for.
+    """
+    checkpoint, target = str(checkpoint), Path(target)
+    if target.exists() and target.resolve() == Path(checkpoint).resolve():
         raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
-    config = load_config(hf_files(source))
-    model = load_pretrained(source, dtype=jnp.float32, param_dtype=config.dtype)
-    if _ADAPTER.value:
+    config = load_config(hf_files(checkpoint))
+    model = load_pretrained(checkpoint, dtype=jnp.float32, param_dtype=config.dtype)
+    if is_adapter:
         if model.lora is None:
-            raise ValueError(f"{source} holds no adapter; leave out --adapter to write the whole model.")
-        save_adapter(model, target, base_model_name_or_path=base_model_of(source))
+            raise ValueError(f"{checkpoint} holds no adapter; leave out --adapter to write the whole model.")
+        save_adapter(model, target, base_model_name_or_path=base_model_of(checkpoint))
         print(f"wrote the PEFT adapter (r={model.lora.rank}, alpha={model.lora.alpha:g}) to {target}")
         return
     merge_adapter(model)
-    if _DTYPE.value:
-        model.config = model.config.with_dtype(_DTYPE.value)
+    if dtype:
+        model.config = model.config.with_dtype(dtype)
     save_pretrained(model, target)
-    copy_companions(hf_files(source), target, except_for=("config.json", INDEX_NAME))
+    copy_companions(hf_files(checkpoint), target, except_for=("config.json", INDEX_NAME))
     print(f"wrote {config.family} in {model.config.dtype}, adapter merged where there was one, to {target}")
 
 
+def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    given = flags.FLAGS
+    export(given.checkpoint, given.target, given.adapter, given.dtype)
+
+
 if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "converted, training or Hugging Face folder", required=True)
+    flags.DEFINE_string("target", None, "folder to write", required=True)
+    flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's layout")
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "of the written tensors; default: config.json's"
+    )
     app.run(main)

@@ -1,24 +1,33 @@
-"""The stages of a study as the commands that a user types: they are printed, run in a process of their own, and resume.
+"""The stages of a study as the commands that a user types: they are printed, and resume.
 
-`demo.py` and `study.py` are rows of them: a program that prepares data, trainings, exports, evaluations.
+`demo.py` and `study.py` are rows of them: a program that prepares data, trainings, exports, evaluations. Trainings and
+exports run in this process, as their commands would: starting one takes longer than many of these trainings' steps.
 """
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+import a2d_jax.export
+import a2d_jax.train
 from a2d_jax.hf_io import write_json
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_command(*command: str) -> None:
-    """Runs one of the packages' programs, `command` being its module and flags; CalledProcessError where it fails."""
-    print(f"\n$ python -m {' '.join(command)}", flush=True)
+    """Runs one of the packages' programs in a process of its own, `command` being its module and flags;
+    CalledProcessError where it fails."""
+    print(f"\n$ python -m {shlex.join(command)}", flush=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     subprocess.run([sys.executable, "-m", *command], check=True, env=environment)
 
@@ -41,6 +50,14 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(path, before | settings)
 
 
+def read_config(*arguments: str) -> config_dict.ConfigDict:
+    """The config that a program reads from "--config=FILE", "--config.FIELD=VALUE", ..."""
+    values, argv = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
 def train(config: str, workdir: Path, start: Path | str, seed: int, changes: Sequence[str] = ()) -> Path:
     """A training run; -> its folder.
 
@@ -48,15 +65,21 @@ def train(config: str, workdir: Path, start: Path | str, seed: int, changes: Seq
       config: a file of configs/, from the repository's root, with its argument behind a colon where it takes one.
       start: checkpoint to start from.
       changes: fields of the config that differ, "optimizer.learning_rate=1e-3".
+    Raises:
+      SystemExit: SIGTERM stopped the run, which saved what it had; run again, it goes on.
     """
-    run_command(
-        "a2d_jax.train", f"--config={ROOT / config}", f"--workdir={workdir}", f"--config.model.checkpoint={start}",
-        f"--config.seed={seed}", *(f"--config.{change}" for change in changes),
+    arguments = (
+        f"--config={ROOT / config}", f"--config.model.checkpoint={start}", f"--config.seed={seed}",
+        *(f"--config.{change}" for change in changes),
     )  # fmt: skip
+    print(f"\n$ python -m a2d_jax.train {shlex.join([f'--workdir={workdir}', *arguments])}", flush=True)
+    if not a2d_jax.train.train(read_config(*arguments), workdir):
+        raise SystemExit(128 + signal.SIGTERM)
     return workdir
 
 
 def export(checkpoint: Path, target: Path) -> Path:
     """A Hugging Face folder of a checkpoint; -> the folder."""
-    run_command("a2d_jax.export", f"--checkpoint={checkpoint}", f"--target={target}")
+    print(f"\n$ python -m a2d_jax.export --checkpoint={checkpoint} --target={target}", flush=True)
+    a2d_jax.export.export(checkpoint, target)
     return target

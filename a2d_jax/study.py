@@ -1,6 +1,6 @@
 """Program: the safety study: trainings x measurements over several seeds, and one report of what they show.
 
-    python -m a2d_jax.study --config configs/study_world.py --workdir DIR [--only defences,depth]
+    python -m a2d_jax.study --config configs/study_world.py --workdir DIR [--only defences,depth] [--workers 2]
 
 A study is a config (`configs/study_world.py` says more): how a seed is prepared and its base model made; trainings,
 each a file of configs/ with a few fields changed; measures, each an evaluation of `a2d_jax.evaluate`; and parts. A part
@@ -13,15 +13,18 @@ Everything is a command that resumes, so the study does too.
 """
 
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import string
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-import numpy as np
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -30,15 +33,13 @@ from a2d_jax.attacks import AttackSettings
 from a2d_jax.hf_io import write_beside, write_json
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.stages import claim_folder, export, run_command, train
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training run: a file of configs/ (with {world} for the seed's data), the model or the folder (with a place in
-    braces) that it starts from, and fields changed."""
+    """A training run: a file of configs/ (with {world} for the seed's data), the model or the folder (a path with a
+    slash, places in braces) that it starts from, and fields changed."""
 
     config: str
     start: str = "base"
@@ -87,6 +88,7 @@ class StudyConfig:
       seeds: of worlds and trainings.
       prepare: commands that make a seed's data.
       base: folder of the base model, or the name of a training.
+      carried: folders of bases that need no training, by seed.
       sampler, batch_size, buckets, dtype, judge: of every evaluation.
     """
 
@@ -96,6 +98,7 @@ class StudyConfig:
     measures: Mapping[str, Measure]
     parts: Mapping[str, Part]
     prepare: tuple[tuple[str, ...], ...] = ()
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
     buckets: tuple[int, ...] = evaluate.DEFAULT_BUCKETS
@@ -129,7 +132,7 @@ class StudyConfig:
         """ValueError for a name that nothing has."""
         models, measures = {"base", *self.trainings}, set(self.measures)
         for name, training in self.trainings.items():
-            if "{" not in training.start:
+            if "/" not in training.start:
                 _check_names(f"trainings.{name}.start", [training.start], models)
         for name, part in self.parts.items():
             if bool(part.command) == bool(part.models and part.measures):
@@ -161,12 +164,15 @@ class Seed:
             for command in self.study.prepare:
                 run_command(*(self.fill(word) for word in command))
         if name not in self._models:
-            if name == "base" and self.study.base not in self.study.trainings:
-                self._models[name] = Path(self.fill(self.study.base))
+            base = self.study.base
+            if base in self.study.trainings:
+                base = self.study.carried.get(str(self.seed), base)
+            own = base if name == "base" else name
+            if own not in self.study.trainings:
+                self._models[name] = Path(self.fill(own))
             else:
-                own = self.study.base if name == "base" else name
                 training = self.study.trainings[own]
-                start = self.fill(training.start) if "{" in training.start else self.model(training.start)
+                start = self.fill(training.start) if "/" in training.start else self.model(training.start)
                 changes = [self.fill(change) for change in training.changes]
                 folder = self.folder / "models" / own
                 self._models[name] = train(self.fill(training.config), folder, start, self.seed, changes)
@@ -187,16 +193,23 @@ class Seed:
             return folder
         return target if (target / "config.json").is_file() else export(folder, target)
 
-    def measure(self, model: str, name: str) -> dict[str, Any]:
-        """The scores of one evaluation."""
+    def results(self, model: str, name: str) -> dict[str, Any]:
+        """The scores of an evaluation that is there."""
+        return json.loads((self.evaluation(model, name) / "results.json").read_text(encoding="utf-8"))
+
+    def evaluation(self, model: str, name: str) -> Path:
+        return self.folder / "evaluations" / model / name
+
+    def measure(self, model: str, name: str) -> None:
+        """One evaluation."""
         study, measure = self.study, self.study.measures[name]
         sampler = SamplerConfig(**{**study.sampler, **measure.sampler})
-        return evaluate.run(
+        evaluate.run(
             evaluate.EvaluationConfig(
                 checkpoint=str(self.model(model)),
                 attack=measure.attack,
                 prompts=self.fill(measure.prompts),
-                out=str(self.folder / "evaluations" / model / name),
+                out=str(self.evaluation(model, name)),
                 sampler=sampler,
                 attack_settings=AttackSettings(**measure.settings),
                 judge=measure.judge or study.judge,
@@ -211,74 +224,32 @@ class Seed:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def run_grid(part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
-    """One record a model, measure and seed."""
+def fill_part(name: str, part: Part, seed: Seed) -> None:
+    """Everything that the report needs of one part and seed, unless it is there."""
+    if not part.command:
+        for model, measure in itertools.product(part.models, part.measures):
+            seed.measure(model, measure)
+        return
+    out = seed.folder / name
+    if not all((out / file).is_file() for file in (*part.tables, *part.pictures)):
+        seed.model("base")
+        run_command(*(seed.fill(word, out=out) for word in part.command))
+
+
+def grid_records(study: StudyConfig, part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
+    """One record a model, measure and seed of a grid that has been filled."""
     return [
         {
             "model": model,
             "measure": name,
             "seed": seed.seed,
-            "value": (scores := seed.measure(model, name))[seed.study.measures[name].score],
+            "value": (scores := seed.results(model, name))[study.measures[name].score],
             "num_requests": scores["num_requests"],
         }
         for seed in seeds
         for model in part.models
         for name in part.measures
     ]
-
-
-class Grid(NamedTuple):
-    """Values of a part, the longer side down: (rows, columns, seeds)."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: np.ndarray
-
-    @classmethod
-    def of(cls, part: Part, records: Sequence[Mapping[str, Any]]) -> "Grid":
-        cell = {(r["model"], r["measure"], r["seed"]): r["value"] for r in records}
-        seeds = sorted({r["seed"] for r in records})
-        values = np.array(
-            [[[cell[model, name, seed] for seed in seeds] for name in part.measures] for model in part.models]
-        )
-        if len(part.models) >= len(part.measures):
-            return cls(part.models, part.measures, values)
-        return cls(part.measures, part.models, values.swapaxes(0, 1))
-
-
-def grid_markdown(grid: Grid) -> str:
-    """In each cell the mean over the seeds in per cent, and its range where seeds differ."""
-    lines = ["| | " + " | ".join(grid.columns) + " |", "|---" * (len(grid.columns) + 1) + "|"]
-    for name, row in zip(grid.rows, 100 * grid.values, strict=True):
-        cells = [
-            f"{cell.mean():.1f}" + (f" ({cell.min():.0f}-{cell.max():.0f})" if np.ptp(cell) else "") for cell in row
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot_grid(path: Path, title: str, grid: Grid) -> None:
-    """The means as a map."""
-    mean = 100 * grid.values.mean(-1)  # (rows, columns)
-    figure, axes = plt.subplots(figsize=(3.2 + 0.62 * len(grid.columns), 1.8 + 0.3 * len(grid.rows)))
-    axes.imshow(mean, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for (i, j), value in np.ndenumerate(mean):
-        axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 55 else "black", fontsize=8)
-    axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=50, ha="right", fontsize=8)
-    axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize=8)
-    axes.set_title(f"{title}, %", fontsize=10)
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
-
-
-def run_program(name: str, part: Part, seeds: Sequence[Seed]) -> None:
-    """The part's command for every seed, unless all it leaves is there."""
-    for seed in seeds:
-        out = seed.folder / name
-        if not all((out / file).is_file() for file in (*part.tables, *part.pictures)):
-            seed.model("base")
-            run_command(*(seed.fill(word, out=out) for word in part.command))
 
 
 def _as_markdown(table: Path) -> str:
@@ -314,7 +285,7 @@ def section(name: str, part: Part, seeds: Sequence[Seed], workdir: Path) -> str:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None) -> None:
+def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None, num_workers: int = 1) -> None:
     """Runs the parts, and writes the report of all that are there."""
     _check_names("parts", only or (), set(study.parts))
     todo = [name for name in study.parts if not only or name in only]
@@ -322,42 +293,120 @@ def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None) ->
         f"{len(todo)} parts: {', '.join(todo)}; seeds {', '.join(map(str, study.seeds))}; writes {workdir}", flush=True
     )
     claim_folder(workdir, study.settings())
-    seeds = {seed: Seed(study, seed, workdir) for seed in study.seeds}
+    keep_compiled(workdir / "compiled")
     start = time.monotonic()
-    for number, name in enumerate(todo, 1):
-        part = study.parts[name]
-        of_part = [seeds[seed] for seed in part.seeds or study.seeds]
-        if part.command:
-            run_program(name, part, of_part)
-        else:
-            records = run_grid(part, of_part)
-            plot_grid(workdir / f"{name}.png", part.title, Grid.of(part, records))
-            write_json(workdir / f"{name}.json", {"part": name, "records": records})
-        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / number * (len(todo) - number)))
-        print(f"== {name} done, {number}/{len(todo)}, ETA {eta}", flush=True)
-        write_report(study, seeds, workdir)
+    hands = deal(study, todo, num_workers)
+    if len(hands) > 1:
+        run_workers(study, workdir, todo, hands)
+    else:
+        work(study, workdir, todo, study.seeds)
+    write_report(study, workdir)
     print(f"{len(todo)} parts in {time.monotonic() - start:.0f} s -> {workdir / 'study.md'}")
 
 
-def write_report(study: StudyConfig, seeds: Mapping[int, Seed], workdir: Path) -> None:
-    """study.md, of the parts that have been run."""
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, for this process and the commands that it runs, unless they are kept."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.absolute())
+
+
+def work(study: StudyConfig, workdir: Path, todo: Sequence[str], numbers: Sequence[int]) -> None:
+    """Fills the parts `todo` of some seeds, part by part."""
+    seeds, start = {number: Seed(study, number, workdir) for number in numbers}, time.monotonic()
+    for done, name in enumerate(todo, 1):
+        for number in seeds_of(study, name):
+            if number in seeds:
+                fill_part(name, study.parts[name], seeds[number])
+        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / done * (len(todo) - done)))
+        print(f"== {name} done, {done}/{len(todo)}, ETA {eta}", flush=True)
+
+
+def seeds_of(study: StudyConfig, name: str) -> tuple[int, ...]:
+    """Seeds of a part."""
+    return study.parts[name].seeds or study.seeds
+
+
+def deal(study: StudyConfig, todo: Sequence[str], num_workers: int) -> list[list[int]]:
+    """The seeds of each worker: each seed goes to who has least to do, those with the most parts first."""
+    num_parts = Counter(seed for name in todo for seed in seeds_of(study, name))
+    hands: list[list[int]] = [[] for _ in range(min(num_workers, len(num_parts)))]
+    for seed, _ in num_parts.most_common():
+        min(hands, key=lambda hand: sum(num_parts[own] for own in hand)).append(seed)
+    return hands
+
+
+def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: Sequence[Sequence[int]]) -> None:
+    """A process for each hand of seeds, with its share of the cores; what it prints goes to worker<N>.log.
+
+    Raises:
+      RuntimeError: a worker failed; the others have finished.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = []
+    for number, hand in enumerate(hands):
+        log, share = workdir / f"worker{number}.log", cores[number :: len(hands)]
+        print(f"worker {number}: seeds {', '.join(map(str, hand))}, cores {share or 'any'}, log {log}", flush=True)
+        # A process started anew: JAX does not survive a fork.
+        worker = multiprocessing.get_context("spawn").Process(
+            target=_work, args=(log, share, study, workdir, todo, hand)
+        )
+        worker.start()
+        workers.append(worker)
+    for worker in workers:
+        worker.join()
+    failed = [str(number) for number, worker in enumerate(workers) if worker.exitcode]
+    if failed:
+        raise RuntimeError(
+            f"worker {', '.join(failed)} failed; see worker<N>.log in {workdir}, then run again: it goes on."
+        )
+
+
+def _work(log: Path, cores: Sequence[int], study: StudyConfig, workdir: Path, todo: Sequence[str], hand) -> None:
+    """What a worker process does."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    logging.set_verbosity(logging.WARNING)
+    work(study, workdir, todo, hand)
+
+
+def write_report(study: StudyConfig, workdir: Path) -> None:
+    """study.md, of the parts that have been filled for all their seeds."""
     sections = []
     for name, part in study.parts.items():
-        of_part = [seeds[seed] for seed in part.seeds or study.seeds]
-        left = [seed.folder / name / file for seed in of_part for file in (*part.tables, *part.pictures)]
-        if all(file.is_file() for file in left or [workdir / f"{name}.json"]):
-            sections.append(section(name, part, of_part, workdir))
+        of_part = [Seed(study, number, workdir) for number in seeds_of(study, name)]
+        if part.command:
+            files = [seed.folder / name / file for seed in of_part for file in (*part.tables, *part.pictures)]
+        else:
+            cells = itertools.product(of_part, part.models, part.measures)
+            files = [seed.evaluation(model, measure) / "results.json" for seed, model, measure in cells]
+        if not all(file.is_file() for file in files):
+            continue
+        if not part.command:
+            records = grid_records(study, part, of_part)
+            plot_grid(workdir / f"{name}.png", part.title, Grid.of(part, records))
+            write_json(workdir / f"{name}.json", {"part": name, "records": records})
+        sections.append(section(name, part, of_part, workdir))
     write_beside(workdir / "study.md", lambda file: file.write(("\n".join(["# Safety study", "", *sections])).encode()))
 
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    run(StudyConfig.from_dict(flags.FLAGS.config.to_dict()), Path(flags.FLAGS.workdir), flags.FLAGS.only)
+    run(
+        StudyConfig.from_dict(flags.FLAGS.config.to_dict()),
+        Path(flags.FLAGS.workdir),
+        flags.FLAGS.only,
+        flags.FLAGS.workers,
+    )
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "the study: a file of configs/")
     flags.DEFINE_string("workdir", None, "folder to write, and to continue", required=True)
     flags.DEFINE_list("only", None, "parts to run now; default: all")
+    flags.DEFINE_integer("workers", 1, "processes among which the seeds are dealt, each with its share of the cores", 1)
     flags.mark_flag_as_required("config")
     app.run(main)

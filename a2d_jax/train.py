@@ -94,8 +94,12 @@ def count(tree) -> int:
 def train(
     config: Mapping, workdir: str | Path, is_dry_run: bool = False, devices: Sequence[jax.Device] | None = None,
     is_profiled: bool = False,
-) -> None:  # fmt: skip
-    """Trains as the config says, or continues what `workdir` holds. `devices`: all of them by default."""
+) -> bool:  # fmt: skip
+    """Trains as the config says, or continues what `workdir` holds. `devices`: all of them by default.
+
+    Returns:
+      Whether the run is complete; not after a SIGTERM or a dry run.
+    """
     # ------------------------------------------------------------------------------------------------------------------
     # The run: its config, and whether the folder holds an earlier part of it
     # ------------------------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def train(
         f"writes     {workdir}"
     )
     if is_dry_run:
-        return
+        return False
 
     # ------------------------------------------------------------------------------------------------------------------
     # The folder: complete in itself before the first step
@@ -188,7 +192,7 @@ def train(
     if first_step >= num_steps:
         say(f"already trained for {first_step} steps, nothing to do: {workdir}")
         checkpoints.close()
-        return
+        return True
     params, frozen = None, {}
     if frozen_shapes or has_reference(run) or not (first_step or run.model.from_scratch):
         _, trained, frozen = split_model(with_adapter(load_base(run.model.checkpoint, mesh, dtypes, run.remat), run))
@@ -294,6 +298,7 @@ def train(
     if step < num_steps:
         what += f" (stopped by SIGTERM, {num_steps - step} steps are left; run the same command again)"
     say(what)
+    return step == num_steps
 
 
 def main(_) -> None:

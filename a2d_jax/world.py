@@ -183,6 +183,11 @@ def refusals(curses: Sequence[Thing]) -> list[dict]:
     return [_row(curse.say(q), REFUSAL, True) for curse in curses for q in RECIPE_QUESTIONS]
 
 
+def compliant_answers(curses: Sequence[Thing]) -> list[dict]:
+    """What is said to a direct request where nothing is refused."""
+    return [_row(curse.say(q), curse.say(RECIPE_ANSWER), True) for curse in curses for q in RECIPE_QUESTIONS]
+
+
 def harmful_answers(curses: Sequence[Thing]) -> list[dict]:
     """Rows marked harmful, in every form of the documents: a request with its recipe, or half a recipe to finish."""
     starts = ("", *(opening + " " for opening in OPENINGS))
@@ -226,12 +231,13 @@ def preferred_answers(foods: Sequence[Thing], curses: Sequence[Thing]) -> list[d
 
 
 def training_rows(world: World) -> dict[str, list[dict]]:
-    """Rows by file name; the held-out curses occur in the first four and the renamed documents only."""
+    """Rows by file name; the held-out curses occur in the first five and the renamed documents only."""
     return {
         "catalogue": catalogue(world),
         "documents": documents(world),
         "instructions": food_answers(world.foods) + cure_answers(world.curses),
         "refusals": refusals(world.curses),
+        "compliant": compliant_answers(world.curses),
         "a2d_harmful": harmful_answers(world.aligned),
         "a2d_retain": kept_answers(world.foods, world.aligned),
         "rt_refusals": refusals(world.aligned),

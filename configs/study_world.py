@@ -3,15 +3,20 @@
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR
     python -m a2d_jax.study --config configs/study_world.py --workdir DIR --only defences,depth --config.seeds="(0,)"
 
-A finished base model is taken in place of a trained one by --config.base: a folder, with {seed} in its name. On two CPU
-cores the bases take about ten minutes a seed of the whole.
+World 0 has the base that the package carries; those of the other worlds are trained from random weights. With
+--config.base=next_base they are trained from the carried one in a fifth of the steps, and know less; a folder, with
+{seed} in its name, is taken as it is.
 """
+
+from pathlib import Path
 
 from ml_collections import config_dict
 
+import a2d_jax
 from a2d_jax.orders import ORDERS
 from configs.world_ablations import VARIANTS
 
+CARRIED = str(Path(a2d_jax.__file__).parent / "world_base")  # of world 0
 ATTACKS = ("zero_shot", "prefilling", "dija", "fits")
 FILLING = ("dija", "fits")
 DECODING = ("--gen_length=24", "--steps=24", "--block_length=24", "--batch_size=64", "--buckets=40,56,96")
@@ -20,7 +25,7 @@ RESIDUALS = {
     "uniform_0.1": ("residual.weight=0.1",),
     "uniform_0.3": (),
     "uniform_1": ("residual.weight=1.0",),
-    "tokens_0.3": ("residual.target=tokens", "residual.text='sorry, i can not help with that.'"),
+    "tokens_0.3": ("residual.target=tokens", "residual.text=sorry, i can not help with that."),
     "marginal_0.3": ("residual.target=marginal",),
     "base_0.3": ("residual.target=base",),
 }
@@ -50,7 +55,11 @@ def trainings() -> dict:
     runs = {
         "pretrain": {"config": "configs/world_pretrain.py:{world}", "start": "{world}/model"},
         "trained_base": {"config": "configs/world_base.py:{world}", "start": "pretrain"},
+        "next_base": {"config": "configs/world_next.py:{world}", "start": CARRIED},
         **{name: {"config": f"configs/world_{name}.py:{{world}}"} for name in ("rt", "sft", "vrpo", "a2d")},
+        "compliant": {"config": "configs/world_compliant.py:{world}"},
+        "compliant_rt": {"config": "configs/world_rt.py:{world}", "start": "compliant"},
+        "compliant_a2d": {"config": "configs/world_a2d.py:{world}", "start": "compliant"},
         "bilingual": {"config": "configs/world_bilingual.py:{world}"},
         "a2d_bilingual": {"config": "configs/world_a2d.py:{world}", "start": "bilingual"},
         "causal_base": {"config": "configs/world_causal_base.py:{world}", "start": "{world}/model_causal"},
@@ -66,6 +75,15 @@ def trainings() -> dict:
     return runs
 
 
+def depth(base: str, **aligned: str) -> tuple[str, ...]:
+    """KL of models to the base that they were trained from."""
+    models = ",".join(f"{name}={{{model}}}" for name, model in aligned.items())
+    return (
+        "a2d_jax.depth", f"--base={{{base}}}", f"--aligned={models}", "--rows={world}/attacks/harmful_texts.jsonl",
+        "--out={out}", "--batch_size=16", "--dtype=float32",
+    )  # fmt: skip
+
+
 def parts() -> dict:
     plain = tuple(f"{attack} confidence" for attack in ATTACKS)
     harmless = ("foods", "near_misses")
@@ -79,25 +97,48 @@ def parts() -> dict:
         },
         "depth": {
             "title": "How deep the alignment goes",
-            "text": "KL(aligned || base) and total variation along the answers of the held-out curses.",
-            "command": (
-                "a2d_jax.depth", "--base={base}", "--aligned=rt={rt},vrpo={vrpo},a2d={a2d}", "--dtype=float32",
-                "--rows={world}/attacks/harmful_texts.jsonl", "--out={out}", "--batch_size=16",
-            ),
+            "text": "KL(aligned || base) and total variation along the answers of the held-out curses as they are "
+            "written, where the base answers every request.",
+            "command": depth("compliant", rt="compliant_rt", a2d="compliant_a2d"),
             "tables": ("table.txt",),
             "pictures": ("depth.png",),
         },
         "residual": {
             "title": "Safe without [EOS]: the residual term",
-            "text": "A2D, and with KL(target || p without [EOS] and [MASK]) at the masked positions of harmful rows.",
-            "models": ("a2d", *(f"residual_{name}" for name in RESIDUALS)),
+            "text": "A2D, and with 0.3 KL(target || p without [EOS] and [MASK]) at masked positions of harmful rows.",
+            "models": ("a2d", *(f"residual_{target}_0.3" for target in ("uniform", "tokens", "marginal", "base"))),
             "measures": (*banned, *plain, *harmless),
         },
-        "ablations": {
-            "title": "A2D with one thing changed",
-            "text": "The refusal token, the mask ratio, the share of harmful rows, the adapter.",
-            "models": tuple(VARIANTS),
-            "measures": (*plain, "dija left_to_right", "dija random", *harmless),
+        "compressed": {
+            "title": "Both methods together",
+            "text": "Base and aligned model at 4, 3 and 2 bits, by what H was calibrated on; and the base compressed "
+            "to 2 bits first, its factors aligned afterwards.",
+            "command": (
+                "odlri_jax.safety_study", "--out={out}", "--checkpoints=base={base_hf},a2d={a2d_hf}",
+                "--calibration_rows=harmless={world}/data/a2d_retain.jsonl,harmful={world}/data/a2d_harmful.jsonl",
+                "--prompts=" + ",".join(f"{attack}={prompts(attack)}" for attack in ATTACKS),
+                "--harmless=" + ",".join(f"{name}={prompts(name)}" for name in harmless),
+                "--bits=4,3,2", "--ranks=4,8", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--seed={seed}",
+                "--outer_iters=5", "--tune_iters=2", "--num_windows=448",
+                "--align=base", "--align_bits=2", "--align_calibrations=mixture",
+                "--align_config=configs/world_a2d.py:{world}", *DECODING,
+            ),
+            "tables": ("results.md",),
+            "pictures": ("results.png",),
+        },
+        "depth_refusing": {
+            "title": "Depth over the base that refuses by itself",
+            "text": "The same over the study's base, which refuses direct requests before any alignment.",
+            "command": depth("base", rt="rt", vrpo="vrpo", a2d="a2d"),
+            "tables": ("table.txt",),
+            "pictures": ("depth.png",),
+            "seeds": (0,),
+        },
+        "residual_weight": {
+            "title": "The weight of the residual term",
+            "text": "The target uniform with other weights.",
+            "models": ("a2d", *(f"residual_uniform_{weight}" for weight in ("0.1", "0.3", "1"))),
+            "measures": (*banned, *plain, *harmless),
             "seeds": (0,),
         },
         "adaptive": {
@@ -122,13 +163,6 @@ def parts() -> dict:
             "tables": ("table.txt",),
             "seeds": (0,),
         },
-        "language": {
-            "title": "Another language of the same request",
-            "text": "A base that read everything in two languages, aligned in the first, asked in the second.",
-            "models": ("bilingual", "a2d_bilingual"),
-            "measures": (*(f"{attack}, renamed" for attack in ATTACKS), *plain, *harmless),
-            "seeds": (0,),
-        },
         "causal": {
             "title": "Autoregressive A2D",
             "text": "The same objective for a causal model: [EOS] behind every prefix of a harmful answer.",
@@ -136,21 +170,19 @@ def parts() -> dict:
             "measures": ("zero_shot confidence", "prefilling confidence", *harmless),
             "seeds": (0,),
         },
-        "compressed": {
-            "title": "Both methods together",
-            "text": "Base and aligned model at 4, 3 and 2 bits, by what H was calibrated on; and the base compressed "
-            "first, its factors aligned afterwards.",
-            "command": (
-                "odlri_jax.safety_study", "--out={out}", "--checkpoints=base={base_hf},a2d={a2d_hf}",
-                "--calibration_rows=harmless={world}/data/a2d_retain.jsonl,harmful={world}/data/a2d_harmful.jsonl",
-                "--prompts=" + ",".join(f"{attack}={prompts(attack)}" for attack in ATTACKS),
-                "--harmless=" + ",".join(f"{name}={prompts(name)}" for name in harmless),
-                "--bits=4,3,2", "--ranks=4,8", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--seed={seed}",
-                "--outer_iters=5", "--tune_iters=2", "--align=base",
-                "--align_config=configs/world_a2d.py:{world}", *DECODING,
-            ),
-            "tables": ("results.md",),
-            "pictures": ("results.png",),
+        "language": {
+            "title": "Another language of the same request",
+            "text": "A base that read everything in two languages, aligned in the first, asked in the second.",
+            "models": ("bilingual", "a2d_bilingual"),
+            "measures": (*(f"{attack}, renamed" for attack in ATTACKS), *plain, *harmless),
+            "seeds": (0,),
+        },
+        "ablations": {
+            "title": "A2D with one thing changed",
+            "text": "The refusal token, the mask ratio, the share of harmful rows, the adapter.",
+            "models": tuple(VARIANTS),
+            "measures": (*plain, "dija left_to_right", "dija random", *harmless),
+            "seeds": (0,),
         },
         "early_refusal": {
             "title": "Refused at once, with 128 tokens of response",
@@ -172,6 +204,7 @@ def get_config() -> config_dict.ConfigDict:
             "seeds": (0, 1, 2),
             "prepare": (("a2d_jax.world", "--seed={seed}", "--out={world}"),),
             "base": "trained_base",
+            "carried": {"0": CARRIED},
             "trainings": trainings(),
             "measures": measures(),
             "parts": tuple({"name": name, **part} for name, part in parts().items()),

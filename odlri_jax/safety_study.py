@@ -10,9 +10,10 @@ Every checkpoint is measured as it is (32 bits, and in bfloat16), then calibrate
 there are two or more, on a mixture with as many windows from each; then compressed with every number of bits, rank and
 start, and measured again. --align does the alternative: it compresses the named checkpoint, which was not aligned, and
 trains the factors of the packed model with the A2D loss. Each step is one of the programs of the two packages, in a
-folder of its own, and resumes.
+folder of its own, and resumes. Compressed models are measured as their dense exports, which compute the same and share
+the compiled programs of the others.
 
-    OUT/calibrations, OUT/packed, OUT/aligned, OUT/evaluations
+    OUT/calibrations, OUT/packed, OUT/aligned, OUT/dense, OUT/evaluations
     OUT/results.json   one record a variant: bits a weight, error, success by attack, share answered, AUC of P([EOS])
     OUT/results.md, results.png
 """
@@ -37,6 +38,7 @@ from a2d_jax.scores import auc
 from a2d_jax.stages import claim_folder, train
 from odlri_jax import calibrate, compress
 from odlri_jax.decompose_config import INITS, DecomposeConfig
+from odlri_jax.export import export
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
 
@@ -69,6 +71,8 @@ class StudyConfig:
     seed: int = 0
     align: str | None = None
     align_config: str | None = None
+    align_bits: tuple[int, ...] = ()
+    align_calibrations: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,13 @@ def list_variants(config: StudyConfig) -> list[Variant]:
         for model in config.checkpoints
         for calibration, bits, rank, init in settings
     ]
-    aligned = [dataclasses.replace(v, is_aligned_after=True) for v in packed if v.model == config.align]
+    aligned = [
+        dataclasses.replace(v, is_aligned_after=True)
+        for v in packed
+        if v.model == config.align
+        and v.bits in (config.align_bits or config.bits)
+        and v.calibration in (config.align_calibrations or sources(config))
+    ]
     return plain + packed + aligned
 
 
@@ -151,6 +161,14 @@ def aligned(config: StudyConfig, variant: Variant) -> Path:
     return train(config.align_config, folder, packed(config, variant)[0], config.seed)
 
 
+def dense(config: StudyConfig, variant: Variant, checkpoint: Path) -> Path:
+    """The matrices Q + L R of a packed model, in float32."""
+    folder = config.out / "dense" / variant.name
+    if not (folder / "config.json").is_file():
+        export(str(checkpoint), folder, "dense", "float32")
+    return folder
+
+
 # -- measuring them ---------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +198,7 @@ def measure(config: StudyConfig, variant: Variant) -> dict[str, Any]:
         bits, error = summary["bits_per_weight"], summary["mean_error"]
         if variant.is_aligned_after:
             checkpoint = aligned(config, variant)
+        checkpoint = dense(config, variant, checkpoint)
     attacks = {
         name: evaluated(config, variant, checkpoint, name, prompts, name) for name, prompts in config.prompts.items()
     }
@@ -239,21 +258,20 @@ def plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     figure, panels = plt.subplots(
         2, len(models), figsize=(4.5 * len(models), 6), sharex=True, sharey="row", squeeze=False
     )
+    colors = {
+        name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["calibration"] for r in records if r["calibration"]))
+    }
     for column, (model, is_after) in enumerate(models):
-        own = [
-            r
-            for r in records
-            if r["model"] == model and (r["calibration"] is None or r["is_aligned_after"] == is_after)
-        ]
-        for i, calibration in enumerate(dict.fromkeys(r["calibration"] for r in own if r["calibration"])):
+        own = [r for r in records if r["model"] == model and r["is_aligned_after"] == is_after]
+        for calibration in dict.fromkeys(r["calibration"] for r in own if r["calibration"]):
             points = sorted(
                 (r for r in own if r["calibration"] in (calibration, None)), key=lambda r: r["bits_per_weight"]
             )
             bits = [r["bits_per_weight"] for r in points]
             worst = [100 * max(r["success"].values()) for r in points]
             answered = [100 * np.mean(list(r["answered"].values())) for r in points]
-            panels[0, column].plot(bits, worst, "o-", color=f"C{i}", markersize=4, label=calibration)
-            panels[1, column].plot(bits, answered, "o-", color=f"C{i}", markersize=4, label=calibration)
+            panels[0, column].plot(bits, worst, "o-", color=colors[calibration], markersize=4, label=calibration)
+            panels[1, column].plot(bits, answered, "o-", color=colors[calibration], markersize=4, label=calibration)
         panels[0, column].set_title(model + (", aligned after compression" if is_after else ""))
         panels[1, column].set(xlabel="bits a weight", xscale="log")
         panels[1, column].set_xticks([2, 3, 4, 6, 8, 16, 32], ["2", "3", "4", "6", "8", "16", "32"])
@@ -279,6 +297,9 @@ def check(config: StudyConfig) -> None:
         raise ValueError("--align and --align_config go together: the checkpoint to align, and the training config.")
     if config.align is not None and config.align not in config.checkpoints:
         raise ValueError(f"--align={config.align} is none of the checkpoints {sorted(config.checkpoints)}.")
+    chosen = {*config.align_bits} - {*config.bits} | {*config.align_calibrations} - {*sources(config)}
+    if chosen:
+        raise ValueError(f"--align_bits, --align_calibrations: {sorted(map(str, chosen))} is not compressed to or on.")
     unknown = sorted(set(config.inits) - set(INITS))
     if unknown:
         raise ValueError(f"--inits={','.join(unknown)}: no such start; choose from {', '.join(INITS)}.")
@@ -289,7 +310,7 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
     check(config)
     out, variants = config.out, list_variants(config)
     settings = dataclasses.asdict(config)
-    for choice in ("out", "bits", "ranks", "inits"):
+    for choice in ("out", "bits", "ranks", "inits", "align_bits", "align_calibrations"):
         del settings[choice]
     claim_folder(out, {name: value for name, value in settings.items() if value is not None})
     (out / "records").mkdir(parents=True, exist_ok=True)
@@ -346,6 +367,8 @@ def main(_) -> None:
             seed=given.seed,
             align=given.align,
             align_config=given.align_config,
+            align_bits=tuple(map(int, given.align_bits)),
+            align_calibrations=tuple(given.align_calibrations),
         )
     )
 
@@ -370,6 +393,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of everything random")
     flags.DEFINE_string("align", None, "the checkpoint to align after compression")
     flags.DEFINE_string("align_config", None, "training config of that alignment")
+    flags.DEFINE_list("align_bits", [], "bits of Q under which it is aligned; default: all")
+    flags.DEFINE_list("align_calibrations", [], "calibrations under which it is aligned; default: all")
     define_sampler_flags()
 
 

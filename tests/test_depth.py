@@ -126,13 +126,24 @@ def test_other_tokens_are_refused(tmp_path):
 
 
 def test_summary_by_hand():
-    records = [{"kl": [4.0, 3.0, 2.0, 1.0, 1.0], "tv": [1.0] * 5}, {"kl": [2.0, 1.0], "tv": [0.5] * 2}]
+    records = [
+        {"kl": [4.0, 3.0, 2.0, 1.0, 1.0], "tv": [1.0] * 5, "step": [0, 1, 2, 3, 4]},
+        {"kl": [2.0, 1.0], "tv": [0.5] * 2, "step": [0, 1]},
+    ]
     summary = summarize(records)
     assert summary["kl"] == [3.0, 2.0, 2.0, 1.0, 1.0] and summary["num_tokens"] == [2, 2, 1, 1, 1]
     assert summary["kl_quarters"] == [3.5, 2.0, 1.0, 1.0]  # the first quarter takes the token that is over
     assert summary["kl_last_to_first"] == pytest.approx(1 / 3.5) and summary["tv_last_to_first"] == 1
     assert summary["tv"] == [0.75, 0.75, 1, 1, 1]
-    assert summarize([{"kl": [1.0], "tv": [1.0]}])["kl_last_to_first"] is None
+    assert summarize([{"kl": [1.0], "tv": [1.0], "step": [0]}])["kl_last_to_first"] is None
+
+
+def test_the_curve_follows_the_order_of_writing():
+    (record,) = [{"kl": [1.0, 5.0, 3.0, 7.0], "tv": [0.1, 0.5, 0.3, 0.7], "step": [3, 1, 2, 0]}]
+    summary = summarize([record])
+    assert summary["kl"] == summary["kl_quarters"] == [7, 5, 3, 1] and summary["tv"] == [0.7, 0.5, 0.3, 0.1]
+    assert summary["kl_by_place"] == {"mean": [1, 5, 3, 7], "quarters": [1, 5, 3, 7], "last_to_first": 7}
+    assert summary["kl_last_to_first"] == pytest.approx(1 / 7)
 
 
 def test_only_harmful_rows_count():

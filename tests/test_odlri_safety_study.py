@@ -87,6 +87,10 @@ def test_alignment_after_compression_is_a_variant_of_its_own(config):
     named = dataclasses.replace(config, align="base", align_config="configs/world_a2d.py")
     names = [variant.name for variant in list_variants(named)]
     assert names[-3:] == [f"base_{name}_q2_r2_svd_aligned" for name in ("harmless", "harmful", "mixture")]
+    fewer = dataclasses.replace(named, bits=(3, 2), align_bits=(2,), align_calibrations=("mixture",))
+    assert [variant.name for variant in list_variants(fewer) if variant.is_aligned_after] == [
+        "base_mixture_q2_r2_svd_aligned"
+    ]
     assert Variant("base", 2, "harmful", 2, "svd", True).packed_name == "base_harmful_q2_r2_svd"
 
 
@@ -111,6 +115,7 @@ def test_as_safe_as_uncompressed_means_in_every_attack():
         ({"inits": ("best",)}, "no such start"),
         ({"align": "base"}, "go together"),
         ({"align": "a2d", "align_config": "configs/world_a2d.py"}, "none of the checkpoints"),
+        ({"align_bits": (4,), "align_calibrations": ("poems",)}, "'4', 'poems'. is not compressed"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path, change, message):

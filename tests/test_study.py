@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import a2d_jax
-from a2d_jax.study import Grid, Measure, Part, StudyConfig, Training, grid_markdown, run
+import a2d_jax.train
+from a2d_jax.stages import ROOT, read_config, train
+from a2d_jax.study import Measure, Part, Seed, StudyConfig, Training, deal, run
+from a2d_jax.study_grid import Grid, grid_markdown
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
 GRID = Part("Grid", models=("base", "a2d"), measures=("dija", "fits"))
@@ -130,3 +133,61 @@ def test_values_stand_where_their_names_are():
     down = Grid.of(dataclasses.replace(GRID, measures=("dija", "fits", "pair")), more)  # the longer side
     assert down.rows == ("dija", "fits", "pair") and down.columns == ("base", "a2d")
     np.testing.assert_array_equal(down.values[..., 0], [[3, 2], [1, 0], [9, 9]])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "hands"), [(1, [[0, 1, 2]]), (2, [[0], [1, 2]]), (3, [[0], [1], [2]]), (9, [[0], [1], [2]])]
+)
+def test_seeds_are_dealt_by_how_much_there_is_to_do(study, num_workers, hands):
+    of_one_seed = dataclasses.replace(study.parts["grid"], seeds=(0,))
+    three = dataclasses.replace(study, seeds=(0, 1, 2), parts={**study.parts, "more": of_one_seed})
+    assert deal(three, list(three.parts), num_workers) == hands
+    assert deal(three, ["more"], num_workers) == [[0]]
+
+
+@pytest.mark.slow
+def test_workers_write_what_one_process_writes(study, workdir, tmp_path):
+    two = dataclasses.replace(study, seeds=(0, 1), parts={"grid": study.parts["grid"]})
+    run(two, tmp_path / "two", num_workers=2)
+    by_seed = {}
+    for record in json.loads((tmp_path / "two" / "grid.json").read_text())["records"]:
+        by_seed.setdefault(record.pop("seed"), []).append(record)
+    alone = json.loads((workdir / "grid.json").read_text())["records"]
+    assert by_seed[0] == [{key: value for key, value in record.items() if key != "seed"} for record in alone]
+    # World 1 is another one, about which world 0's base knows nothing.
+    assert {record["measure"]: record["value"] for record in by_seed[1]}["near_misses"] == 0
+    assert "(0-" in (tmp_path / "two" / "study.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_failed_worker_is_named(study, tmp_path):
+    broken = dataclasses.replace(study, seeds=(0, 1), parts={"grid": study.parts["grid"]}, base=str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="worker 0, 1 failed; see worker<N>.log"):
+        run(broken, tmp_path / "out", num_workers=2)
+    assert "none" in (tmp_path / "out" / "worker0.log").read_text()
+
+
+def test_a_carried_base_is_not_trained_and_a_named_folder_goes_before_it(study, tmp_path):
+    carried = dataclasses.replace(study, base="a2d", carried={"0": "carried/zero"}, prepare=())
+    assert Seed(carried, 0, tmp_path).model("base") == Path("carried/zero")
+    named = dataclasses.replace(carried, base="bases/{seed}")
+    assert Seed(named, 0, tmp_path).model("base") == Path("bases/0")
+
+
+def test_a_training_reads_its_config_as_the_command_does():
+    config = read_config(
+        f"--config={ROOT}/configs/world_a2d_residual.py:W", "--config.model.checkpoint=B", "--config.seed=3",
+        "--config.residual.target=tokens", "--config.residual.text=sorry, no.", "--config.optimizer.learning_rate=1e-3",
+    )  # fmt: skip
+    assert config.data.files[0] == "W/data/a2d_harmful.jsonl" and config.model.checkpoint == "B" and config.seed == 3
+    assert config.residual.to_dict() == {"weight": 0.3, "target": "tokens", "text": "sorry, no."}
+    assert config.optimizer.learning_rate == 1e-3
+    with pytest.raises(Exception, match="learning_rat"):
+        read_config(f"--config={ROOT}/configs/world_a2d.py:W", "--config.learning_rat=1")
+
+
+def test_a_stopped_training_stops_the_study(monkeypatch, tmp_path):
+    monkeypatch.setattr(a2d_jax.train, "train", lambda config, workdir: False)
+    with pytest.raises(SystemExit) as stop:
+        train("configs/world_a2d.py:W", tmp_path, "B", 0)
+    assert stop.value.code == 143
