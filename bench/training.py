@@ -62,7 +62,7 @@ class JaxSide:
 
 
 class TorchSide:
-    """Updates of PyTorch and PEFT; the masks are drawn as ours draw them."""
+    """Updates of PyTorch and PEFT, with the masks of our updates."""
 
     def __init__(self, model, batch: Batch):
         module = TorchLlada(model)
@@ -73,8 +73,8 @@ class TorchSide:
         self.optimizer, self.step = torch.optim.AdamW(trained, lr=1e-4), 0
 
     def update(self) -> float:
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(RunConfig().seed), self.step))  # as in make_update
         self.step += 1
-        key = jax.random.key(self.step)
         noised = corrupt(
             key, self.batch.tokens, self.batch.is_response, self.batch.is_safe, mask_id=MASK_ID, eos_id=EOS_ID
         )
@@ -87,7 +87,7 @@ class TorchSide:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def main(_) -> None:
