@@ -343,11 +343,10 @@ def _fill_tail(rows: Rows, tokens, is_open, is_block_done, eos_id: int):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def decode(graphdef, state, rows: Rows, max_running, draws: Draws, *, plan: Plan) -> Rows:
-    """Passes over whole rows until `max_running` () rows or fewer are unfinished."""
+def decode(graphdef, state, layers, rows: Rows, max_running, draws: Draws, *, plan: Plan) -> Rows:
+    """Passes over whole rows until `max_running` () rows or fewer are unfinished; `layers`: of `layers_apart`."""
     model = nnx.merge(graphdef, state)
     offset = jnp.zeros(len(rows.tokens), jnp.int32)
-    layers = model.layers_apart()
 
     def take_pass(rows: Rows) -> Rows:
         hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
@@ -357,7 +356,7 @@ def decode(graphdef, state, rows: Rows, max_running, draws: Draws, *, plan: Plan
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan", "num_positions"))
-def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_positions: int) -> Rows:
+def decode_block(graphdef, state, layers, rows: Rows, draws: Draws, *, plan: Plan, num_positions: int) -> Rows:
     """The current block of every unfinished row, with a cache of keys and values.
 
     The first pass is over whole rows. The others recompute `num_positions` positions from the start of the row's block
@@ -371,8 +370,9 @@ def decode_block(graphdef, state, rows: Rows, draws: Draws, *, plan: Plan, num_p
     start = rows.tokens.shape[1] - (plan.num_blocks - rows.current) * block_length  # (B,)
 
     tokens, attention_mask = model_inputs(rows, mask_id, plan)
-    layers = model.layers_apart()
-    hidden, cache = model.cached_hidden_states(tokens, attention_mask, layers=layers)  # (B, T, D); (L, B, T, K, H)
+    hidden, cache = model.cached_hidden_states(
+        tokens, attention_mask, layers=layers
+    )  # (B, T, D); of each layer (B, T, K, H)
     offset = jnp.zeros_like(start)
     rows = reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan, is_cache_pass=True)
 

@@ -48,11 +48,15 @@ class SampleResult(NamedTuple):
 
 
 class Decoder:
-    """A model and a plan, ready to run rows; all that is compiled depends on these and the shape of the rows."""
+    """A model and a plan, ready to run rows; all that is compiled depends on these and the shape of the rows.
 
-    def __init__(self, model: Transformer, plan: Plan, draws: Draws | None = None):
+    `layers`: what `model.layers_apart()` returned, for decoders that share it.
+    """
+
+    def __init__(self, model: Transformer, plan: Plan, draws: Draws | None = None, layers: list | None = None):
         self._graphdef, self._state = nnx.split(model)
         self._mesh = mesh_of(model)
+        self.layers = layers or model.layers_apart()
         self._draws = draws or Draws()
         self._eos_id = model.config.eos_id
         self.plan = plan
@@ -74,14 +78,14 @@ class Decoder:
         """Decodes on until `max_running` rows are unfinished; with a cache, to the end of each row's block."""
         with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
             if self.plan.config.cache is None:
-                return decode(self._graphdef, self._state, rows, max_running, self._draws, plan=self.plan)
+                return decode(self._graphdef, self._state, self.layers, rows, max_running, self._draws, plan=self.plan)
             block_length = self.plan.config.gen_length // self.plan.num_blocks
             num_positions = block_length
             if self.plan.config.cache == "prefix":  # up to the end, from the earliest block on
                 first = int(np.min(np.asarray(rows.current)[self.is_running(rows)]))
                 num_positions = (self.plan.num_blocks - first) * block_length
             return decode_block(
-                self._graphdef, self._state, rows, self._draws, plan=self.plan, num_positions=num_positions
+                self._graphdef, self._state, self.layers, rows, self._draws, plan=self.plan, num_positions=num_positions
             )
 
     def run(self, rows: Rows) -> Rows:

@@ -1,12 +1,14 @@
 """Decoding against PyTorch running the official algorithm on the same weights; parallel reveal in the embedded world.
 
-    python -m bench.decoding --out bench_out [--batches 1,8] [--repeats 3]
+    python -m bench.decoding --out bench_out [--batches 1,8] [--responses 128,256] [--repeats 3]
 
 Speed: a random LLaDA of 135M parameters in its body (576 wide, 30 layers) with the published 126,464-row head, prompt
-64, response 128 in blocks of 32. The PyTorch side is transformers' LlamaModel with a full attention mask and LLaDA's
-published sampling loop: head, argmax and softmax at every position, so each of its passes costs the same and
-`--passes` are timed. Here a block of 32 is decoded in 32 passes, exactly and with the dual cache. Both sides take
-turns; the table holds medians, and tokens/s for a step a token. The tokens of both sides after `--passes` are compared.
+64, response 128 or 256 in blocks of 32. The PyTorch side is transformers' LlamaModel with a full attention mask and
+LLaDA's published sampling loop: head, argmax and softmax at every position, so each of its passes costs the same, and
+one a block is timed. Here a block of 32 is decoded in `--block_passes`, exactly and with the dual cache; fewer than 32
+take the same pass over more masks, which favours the other side. Both sides take turns; the table holds medians,
+tokens/s for a step a token, and the memory that a side's decoding takes at its peak beyond what stood before it. The
+tokens of both sides after a pass a block are compared.
 
 Monitor: the same model decodes with a monitor of everything that never stops, and without one, in turns.
 
@@ -19,6 +21,7 @@ threshold against one token a step.
 
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -40,7 +43,8 @@ from a2d_jax.world import attack_prompts, is_exact, make_world
 from bench.growth import measure_growth, plot_growth
 from bench.torch_llada import MASK_ID, TorchLlada, random_llada
 
-PROMPT, RESPONSE, BLOCK = 64, 128, 32
+PROMPT, BLOCK = 64, 32
+WATCHED_RESPONSE, WATCHED_PASSES = 128, 4  # of the monitor's overhead
 GROWTH = {
     "batch": (1, 2, 4, 8, 16),
     "length": (64, 128, 256, 512, 1024),
@@ -52,17 +56,18 @@ ROOT = Path(__file__).parents[1]
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the table")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "batch sizes")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timings of each side", lower_bound=1)
-_PASSES = flags.DEFINE_integer("passes", 4, "passes of a timing of the official loop; a multiple of the 4 blocks")
+_RESPONSES = flags.DEFINE_list("responses", ["128", "256"], "tokens of a response")
+_BLOCK_PASSES = flags.DEFINE_integer("block_passes", BLOCK, "passes in which a block is decoded here")
 _THRESHOLDS = flags.DEFINE_list("thresholds", ["0.99", "0.95", "0.9", "0.8"], "of the parallel reveal in the world")
 _PARTS = flags.DEFINE_list("parts", ["speed", "monitor", "growth", "world"], "what to measure")
 
 
 @torch.no_grad()
-def official_decoding(model: TorchLlada, prompt: np.ndarray, steps: int) -> np.ndarray:
+def official_decoding(model: TorchLlada, prompt: np.ndarray, response: int, steps: int) -> np.ndarray:
     """LLaDA's published sampler at temperature 0, low-confidence order."""
-    tokens = torch.full((len(prompt), PROMPT + RESPONSE), MASK_ID)
+    tokens = torch.full((len(prompt), PROMPT + response), MASK_ID)
     tokens[:, :PROMPT] = torch.tensor(prompt)
-    num_blocks = RESPONSE // BLOCK
+    num_blocks = response // BLOCK
     per_pass = BLOCK * num_blocks // steps
     for block in range(num_blocks):
         end = PROMPT + (block + 1) * BLOCK
@@ -95,34 +100,51 @@ def seconds(run) -> float:
     return time.perf_counter() - start
 
 
-def compare_speed(model: Transformer, reference: TorchLlada, batch_size: int) -> dict:
+def peak_memory(run) -> float:
+    """MB that the process held at its peak while `run` worked, beyond what it held before (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    resident = lambda key: int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1e3  # noqa: E731
+    before = resident("VmRSS")
+    jax.block_until_ready(run())
+    return resident("VmHWM") - before
+
+
+def compare_speed(model: Transformer, reference: TorchLlada, batch_size: int, response: int) -> dict:
     prompt = np.random.default_rng(0).integers(0, 120_000, (batch_size, PROMPT)).astype(np.int32)
-    passes = _PASSES.value
-    theirs = official_decoding(reference, prompt, passes)
-    whole, rows = started(model, prompt, SamplerConfig(gen_length=RESPONSE, steps=passes, block_length=BLOCK))
+    blocks, block_passes = response // BLOCK, _BLOCK_PASSES.value
+    theirs = official_decoding(reference, prompt, response, blocks)
+    whole, rows = started(model, prompt, SamplerConfig(gen_length=response, steps=blocks, block_length=BLOCK))
     is_same = np.array_equal(whole.result(whole.run(rows)).tokens, theirs)
-    # A block of 32 tokens in 32 passes: the last, the rest standing before it as prompt; and the first, with a cache.
-    last = SamplerConfig(gen_length=BLOCK, steps=BLOCK, block_length=BLOCK)
-    exact, exact_rows = started(model, theirs[:, : PROMPT + RESPONSE - BLOCK], last)
-    dual, dual_rows = started(
-        model, prompt, SamplerConfig(gen_length=RESPONSE, steps=RESPONSE, block_length=BLOCK, cache="dual")
-    )
-    jax.block_until_ready((exact.run(exact_rows), dual.advance(dual_rows)))  # compiled before they are timed
-    timings = {"official": [], "exact": [], "dual_cache": []}
+    # One block: the last, the rest standing before it as prompt; and the first, with a cache.
+    last = SamplerConfig(gen_length=BLOCK, steps=block_passes, block_length=BLOCK)
+    exact, exact_rows = started(model, theirs[:, : PROMPT + response - BLOCK], last)
+    cached = SamplerConfig(gen_length=response, steps=block_passes * blocks, block_length=BLOCK, cache="dual")
+    dual, dual_rows = started(model, prompt, cached)
+    sides = {  # name: (what is timed, its passes)
+        "official": (lambda: official_decoding(reference, prompt, response, blocks), blocks),
+        "exact": (lambda: exact.run(exact_rows), block_passes),
+        "dual_cache": (lambda: dual.advance(dual_rows), block_passes),
+    }
+    jax.block_until_ready([sides[name][0]() for name in ("exact", "dual_cache")])  # compiled before they are timed
+    memory = {name: peak_memory(run) for name, (run, _) in sides.items()}
+    for name, decoder in (("exact", exact), ("dual_cache", dual)):  # its own copy of the layers stood before it ran
+        memory[name] += sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.layers)) / 1e6
+    timings = {name: [] for name in sides}
     for _ in range(_REPEATS.value):
-        timings["official"].append(seconds(lambda: official_decoding(reference, prompt, passes)) / passes)
-        timings["exact"].append(seconds(lambda: exact.run(exact_rows)) / BLOCK)
-        timings["dual_cache"].append(seconds(lambda: dual.advance(dual_rows)) / BLOCK)
+        for name, (run, passes) in sides.items():
+            timings[name].append(seconds(run) / passes)
     per_pass = {name: statistics.median(times) for name, times in timings.items()}
     return {
         "batch_size": batch_size,
+        "response": response,
         "has_same_tokens": is_same,
+        "peak_memory_mb": memory,
         "seconds_a_pass": per_pass,
         "tokens_per_second": {name: batch_size / pass_ for name, pass_ in per_pass.items()},
         "ratio_exact": per_pass["official"] / per_pass["exact"],
         "ratio_dual_cache": per_pass["official"] / per_pass["dual_cache"],
         "repeats": _REPEATS.value,
-        "passes": passes,
+        "block_passes": block_passes,
     }
 
 
@@ -130,13 +152,13 @@ def monitor_overhead(model: Transformer) -> dict:
     """Seconds of a pass with a monitor of every position and pass that never stops, and with the mere record of
     P([EOS]) that every decoding keeps."""
     prompt = np.random.default_rng(0).integers(0, 120_000, (1, PROMPT)).astype(np.int32)
-    plain = SamplerConfig(gen_length=RESPONSE, steps=_PASSES.value, block_length=BLOCK)
+    plain = SamplerConfig(gen_length=WATCHED_RESPONSE, steps=WATCHED_PASSES, block_length=BLOCK)
     watched = dataclasses.replace(plain, monitor=EosMonitor(1.0, None, None))
     sides = {name: started(model, prompt, config) for name, config in (("plain", plain), ("watched", watched))}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(2 * _REPEATS.value + 1):
         for name, (decoder, rows) in sides.items():
-            taken = seconds(lambda decoder=decoder, rows=rows: decoder.run(rows)) / _PASSES.value
+            taken = seconds(lambda decoder=decoder, rows=rows: decoder.run(rows)) / WATCHED_PASSES
             if number:  # the first compiles
                 times[name].append(taken)
     per_pass = {name: statistics.median(taken) for name, taken in times.items()}
@@ -190,8 +212,8 @@ def main(_) -> None:
         model = random_llada()
         reference = TorchLlada(model).eval()
         results["speed"] = []
-        for batch_size in map(int, _BATCHES.value):
-            results["speed"].append(compare_speed(model, reference, batch_size))
+        for batch_size, response in itertools.product(map(int, _BATCHES.value), map(int, _RESPONSES.value)):
+            results["speed"].append(compare_speed(model, reference, batch_size, response))
             print(json.dumps(results["speed"][-1]), flush=True)
             write_json(path, results)
     if "monitor" in _PARTS.value:

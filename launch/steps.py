@@ -142,10 +142,10 @@ def sample_step(config: Mapping[str, Any], devices) -> Step:
         with jax.set_mesh(mesh):
             if sampler.cache is None:
                 max_running = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-                return decoding.decode.lower(graphdef, state, rows, max_running, decoding.Draws(), plan=plan)
+                return decoding.decode.lower(graphdef, state, None, rows, max_running, decoding.Draws(), plan=plan)
             num_positions = sampler.gen_length if sampler.cache == "prefix" else sampler.gen_length // plan.num_blocks
             return decoding.decode_block.lower(
-                graphdef, state, rows, decoding.Draws(), plan=plan, num_positions=num_positions
+                graphdef, state, None, rows, decoding.Draws(), plan=plan, num_positions=num_positions
             )
 
     num_tokens = (2 if sampler.cfg_scale else 1) * batch_size * length

@@ -14,7 +14,8 @@ from flax import nnx
 
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.hf_io import abstract_model, save_pretrained
-from a2d_jax.models.transformer import DTypes, Transformer
+from a2d_jax.models.lora import LoRAConfig, attach
+from a2d_jax.models.transformer import DTypes, Linear, Transformer
 from a2d_jax.pretrained import load_pretrained
 from a2d_jax.sharding import RULES, logical_axes
 
@@ -124,6 +125,23 @@ def test_remat_changes_no_gradient(remat):
 
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
     jax.tree.map(close, nnx.to_pure_dict(gradient("none")), nnx.to_pure_dict(gradient(remat)))
+
+
+def test_the_gradients_of_an_adapter_are_those_of_pytorch():
+    rng = np.random.default_rng(0)
+    x, g, w, a, b = (rng.standard_normal(shape, np.float32) for shape in [(2, 5, 8), (2, 5, 6), (8, 6), (8, 3), (3, 6)])
+
+    def loss(x, a, b):
+        linear = Linear(8, 6, axes=("embed", "mlp"), dtypes=DTypes(), rngs=nnx.Rngs(0))
+        linear.kernel[...] = w
+        attach(linear, LoRAConfig(rank=3, alpha=6.0), a, b)
+        return jnp.sum(linear(x) * g)
+
+    theirs = [torch.tensor(array, requires_grad=True) for array in (x, a, b)]
+    tx, ta, tb = theirs
+    ((tx @ torch.tensor(w) + 2 * (tx @ ta) @ tb) * torch.tensor(g)).sum().backward()
+    for ours, tensor in zip(jax.grad(loss, argnums=(0, 1, 2))(x, a, b), theirs, strict=True):
+        np.testing.assert_allclose(ours, tensor.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_published_configs_are_understood():

@@ -20,7 +20,7 @@ from flax import nnx
 
 from a2d_jax.config import Llama3Rope, ModelConfig
 from a2d_jax.models.attention import attend
-from a2d_jax.models.lora import LoRAConfig
+from a2d_jax.models.lora import LoRAConfig, expand
 from a2d_jax.sharding import constrain, is_for_tpu
 
 REMAT_POLICIES = {
@@ -70,8 +70,10 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            low_rank = matmul(x, self.lora_a[...].astype(compute))  # (..., R)
-            y = y + self.lora_scale * matmul(low_rank.astype(compute), self.lora_b[...].astype(compute))
+            low_rank = matmul(x, self.lora_a[...].astype(compute)).astype(compute)  # (..., R)
+            y = y + self.lora_scale * expand(
+                low_rank, self.lora_b[...].astype(compute), self.dtypes.precision, out_dtype
+            )
         return y
 
 
@@ -315,7 +317,7 @@ class Transformer(nnx.Module):
         attention_mask=None,
         *,
         positions=None,
-        cache: KeyValues | None = None,
+        cache: KeyValues | list[KeyValues] | None = None,
         layers: list | None = None,
     ):
         """Hidden states of all positions, and a cache of them; or, given that, of some positions among the cached rest.
@@ -324,7 +326,7 @@ class Transformer(nnx.Module):
           tokens: (B, T) int32, of every position, or of `positions`.
           attention_mask: (B, S) bool, of every position.
           positions: (B, T) int32 in [0, S), or beyond: those stand for nothing.
-          cache: (L, B, S, K, H) keys and values, as an earlier call returned them.
+          cache: keys and values as an earlier call returned them, (L, B, S, K, H), or a list of those of each layer.
           layers: what `layers_apart` returned.
         Returns:
           Output of the final norm (B, T, D), and the cache; None where one was given.
@@ -335,7 +337,8 @@ class Transformer(nnx.Module):
         if cache is not None:
             context = context._replace(full_mask=attention_masks(self.config, attention_mask, tokens.shape[1])[0])
             # Which of `positions` each cached place now holds: read from there, since XLA scatters one by one on a CPU.
-            is_at = positions[:, None, :] == jnp.arange(cache.keys.shape[2])[:, None]  # (B, S, T)
+            num_cached = jax.tree.leaves(cache)[0].shape[-3]  # S
+            is_at = positions[:, None, :] == jnp.arange(num_cached)[:, None]  # (B, S, T)
             is_new = jnp.any(is_at, axis=2)[..., None, None]
             place_of = jnp.argmax(is_at, axis=2)[..., None, None]  # (B, S, 1, 1)
         graphdef, stack = self.layer_stack()
@@ -378,15 +381,15 @@ class Transformer(nnx.Module):
 
 
 def _walk(apply_block, x: jax.Array, layers, beside):
-    """x through all layers, stacked or a list; `beside` has something for each on its leading axis, as the returned
-    second value has."""
+    """x through all layers, stacked or a list, as `beside` is, which has something for each layer, or is None; and what
+    the layers return beside x, in the same form."""
     if not isinstance(layers, list):
         return jax.lax.scan(apply_block, x, (layers, beside))
     kept = []
     for number, layer in enumerate(layers):
-        x, of_layer = apply_block(x, (layer, jax.tree.map(lambda leaf, i=number: leaf[i], beside)))
+        x, of_layer = apply_block(x, (layer, None if beside is None else beside[number]))
         kept.append(of_layer)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+    return x, kept
 
 
 @functools.partial(jax.jit, static_argnums=0)

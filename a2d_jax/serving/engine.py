@@ -97,6 +97,7 @@ class Engine:
         self._buckets = [bucket for bucket in DEFAULT_BUCKETS if bucket < max_length] + [max_length]
         self._num_blocks = config.num_blocks(model.config.family)  # also checks the settings
         self._decoders: dict[Plan, Decoder] = {}
+        self._layers = model.layers_apart()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._condition = threading.Condition()
@@ -197,7 +198,7 @@ class Engine:
     def _run(self, group: Group) -> None:
         """Decodes requests of one group until none is left, or another group's turn has come."""
         if group.plan not in self._decoders:
-            self._decoders[group.plan] = Decoder(self._model, group.plan)
+            self._decoders[group.plan] = Decoder(self._model, group.plan, layers=self._layers)
         batch = Batch(self._decoders[group.plan], self._model, self._tokenizer, group, self._max_passes)
         while not self._is_stopped:
             newcomers = self._admit(group, self._batch_size - batch.num_seated)
@@ -285,7 +286,9 @@ class Batch:
     def advance(self) -> list[tuple[Job, Event, int]]:
         """Decodes on to the next finished block; what came of it, as (job, event, passes so far)."""
         if self._config.cache is None:
-            self._rows = decode_on(self._graphdef, self._state, self._rows, self._max_passes, plan=self._group.plan)
+            self._rows = decode_on(
+                self._graphdef, self._state, self._decoder.layers, self._rows, self._max_passes, plan=self._group.plan
+            )
         else:
             self._rows = self._decoder.advance(self._rows)
         rows, config = self._rows, self._config
@@ -330,11 +333,10 @@ def _replace(rows: Rows, fresh: Rows, is_new) -> Rows:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def decode_on(graphdef, state, rows: Rows, max_passes, *, plan: Plan) -> Rows:
+def decode_on(graphdef, state, layers, rows: Rows, max_passes, *, plan: Plan) -> Rows:
     """Passes over whole rows until some row has finished a block or is done, `max_passes` of them at most."""
     model = nnx.merge(graphdef, state)
     offset = jnp.zeros(len(rows.tokens), jnp.int32)
-    layers = model.layers_apart()
     block_at_start, was_running = rows.current, is_running(rows, plan.num_blocks)
 
     def goes_on(carry):
