@@ -6,7 +6,6 @@ are the ones users know from the checkpoint's own code, so `ff_out` on LLaDA mea
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -54,32 +53,6 @@ def attach(linear: nnx.Module, lora: LoRAConfig, a: jax.Array, b: jax.Array) -> 
             variable[...] = jax.device_put(variable[...], NamedSharding(sharding.mesh, spec))
     linear.lora_a, linear.lora_b = a, b
     linear.lora_scale, linear.lora_dropout = lora.scale, lora.dropout
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def expand(low_rank: jax.Array, b: jax.Array, precision: jax.lax.Precision, out_dtype) -> jax.Array:
-    """The adapter's second product, (..., R) x (R, out) -> (..., out), in `out_dtype` (default: theirs).
-
-    The gradient of B is taken as low_rank^T g. Left to itself, JAX asks for g^T low_rank, transposed; on a CPU, XLA
-    then writes out the transpose of g, (tokens, out), which takes longer than the product.
-    """
-    return jnp.matmul(low_rank, b, precision=precision, preferred_element_type=out_dtype)
-
-
-def _expand_forward(low_rank, b, precision, out_dtype):
-    return expand(low_rank, b, precision, out_dtype), (low_rank, b)
-
-
-def _expand_backward(precision, out_dtype, saved, gradient):
-    low_rank, b = saved
-    product = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype)
-    tokens = tuple(range(low_rank.ndim - 1))
-    of_low_rank = product(gradient, b, (((gradient.ndim - 1,), (1,)), ((), ())))
-    of_b = product(low_rank, gradient, ((tokens, tokens), ((), ())))
-    return of_low_rank.astype(low_rank.dtype), of_b.astype(b.dtype)
-
-
-expand.defvjp(_expand_forward, _expand_backward)
 
 
 def adaptable(model: nnx.Module, path: str) -> nnx.Module:

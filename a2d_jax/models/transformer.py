@@ -20,7 +20,8 @@ from flax import nnx
 
 from a2d_jax.config import Llama3Rope, ModelConfig
 from a2d_jax.models.attention import attend
-from a2d_jax.models.lora import LoRAConfig, expand
+from a2d_jax.models.lora import LoRAConfig
+from a2d_jax.models.matmul import matmul
 from a2d_jax.sharding import constrain, is_for_tpu
 
 REMAT_POLICIES = {
@@ -62,18 +63,16 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, out_dtype=None) -> jax.Array:
         """x (..., in) -> (..., out) in `out_dtype` (default: compute). The key switches the adapter's dropout on."""
         compute = self.dtypes.compute
-        matmul = functools.partial(jnp.matmul, precision=self.dtypes.precision, preferred_element_type=out_dtype)
-        y = matmul(x, self.kernel[...].astype(compute))
+        times = lambda x, w: matmul(x, w[...].astype(compute), self.dtypes.precision, out_dtype)  # noqa: E731
+        y = times(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if self.lora_a is not None:
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            low_rank = matmul(x, self.lora_a[...].astype(compute)).astype(compute)  # (..., R)
-            y = y + self.lora_scale * expand(
-                low_rank, self.lora_b[...].astype(compute), self.dtypes.precision, out_dtype
-            )
+            low_rank = times(x, self.lora_a).astype(compute)  # (..., R)
+            y = y + self.lora_scale * times(low_rank, self.lora_b)
         return y
 
 
