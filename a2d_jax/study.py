@@ -32,7 +32,7 @@ from a2d_jax import evaluate
 from a2d_jax.attacks import AttackSettings
 from a2d_jax.hf_io import write_beside, write_json
 from a2d_jax.sampling import SamplerConfig
-from a2d_jax.stages import claim_folder, export, run_command, train
+from a2d_jax.stages import claim_folder, export, held, run_command, train
 from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
 
 
@@ -161,8 +161,9 @@ class Seed:
         """The folder of a model; it is trained where it is not."""
         if not self._is_prepared:
             self._is_prepared = True
-            for command in self.study.prepare:
-                run_command(*(self.fill(word) for word in command))
+            with held(self.folder / "prepared"):
+                for command in self.study.prepare:
+                    run_command(*(self.fill(word) for word in command))
         if name not in self._models:
             base = self.study.base
             if base in self.study.trainings:
@@ -175,7 +176,8 @@ class Seed:
                 start = self.fill(training.start) if "/" in training.start else self.model(training.start)
                 changes = [self.fill(change) for change in training.changes]
                 folder = self.folder / "models" / own
-                self._models[name] = train(self.fill(training.config), folder, start, self.seed, changes)
+                with held(folder):
+                    self._models[name] = train(self.fill(training.config), folder, start, self.seed, changes)
         return self._models[name]
 
     def fill(self, text: str, **more: Any) -> str:
@@ -191,7 +193,8 @@ class Seed:
         folder, target = self.model(name), self.folder / "models" / f"{name}_hf"
         if (folder / "config.json").is_file():
             return folder
-        return target if (target / "config.json").is_file() else export(folder, target)
+        with held(target):
+            return target if (target / "config.json").is_file() else export(folder, target)
 
     def results(self, model: str, name: str) -> dict[str, Any]:
         """The scores of an evaluation that is there."""
@@ -202,38 +205,45 @@ class Seed:
 
     def measure(self, model: str, name: str) -> None:
         """One evaluation."""
-        study, measure = self.study, self.study.measures[name]
-        sampler = SamplerConfig(**{**study.sampler, **measure.sampler})
-        evaluate.run(
-            evaluate.EvaluationConfig(
-                checkpoint=str(self.model(model)),
-                attack=measure.attack,
-                prompts=self.fill(measure.prompts),
-                out=str(self.evaluation(model, name)),
-                sampler=sampler,
-                attack_settings=AttackSettings(**measure.settings),
-                judge=measure.judge or study.judge,
-                batch_size=study.batch_size,
-                buckets=tuple(study.buckets),
-                seed=self.seed,
-                dtype=study.dtype,
-            )
+        study, measure, out = self.study, self.study.measures[name], self.evaluation(model, name)
+        config = evaluate.EvaluationConfig(
+            checkpoint=str(self.model(model)),
+            attack=measure.attack,
+            prompts=self.fill(measure.prompts),
+            out=str(out),
+            sampler=SamplerConfig(**{**study.sampler, **measure.sampler}),
+            attack_settings=AttackSettings(**measure.settings),
+            judge=measure.judge or study.judge,
+            batch_size=study.batch_size,
+            buckets=tuple(study.buckets),
+            seed=self.seed,
+            dtype=study.dtype,
         )
+        with held(out):
+            evaluate.run(config)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
+def is_filled(name: str, part: Part, seed: Seed) -> bool:
+    """Whether everything that the report needs of one part and seed is there."""
+    if part.command:
+        files = [seed.folder / name / file for file in (*part.tables, *part.pictures)]
+    else:
+        cells = itertools.product(part.models, part.measures)
+        files = [seed.evaluation(model, measure) / "results.json" for model, measure in cells]
+    return all(file.is_file() for file in files)
+
+
 def fill_part(name: str, part: Part, seed: Seed) -> None:
-    """Everything that the report needs of one part and seed, unless it is there."""
+    """Makes what the report needs of one part and seed."""
     if not part.command:
         for model, measure in itertools.product(part.models, part.measures):
             seed.measure(model, measure)
         return
-    out = seed.folder / name
-    if not all((out / file).is_file() for file in (*part.tables, *part.pictures)):
-        seed.model("base")
-        run_command(*(seed.fill(word, out=out) for word in part.command))
+    seed.model("base")
+    run_command(*(seed.fill(word, out=seed.folder / name) for word in part.command))
 
 
 def grid_records(study: StudyConfig, part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
@@ -311,15 +321,21 @@ def keep_compiled(folder: Path) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder.absolute())
 
 
-def work(study: StudyConfig, workdir: Path, todo: Sequence[str], numbers: Sequence[int]) -> None:
-    """Fills the parts `todo` of some seeds, part by part."""
-    seeds, start = {number: Seed(study, number, workdir) for number in numbers}, time.monotonic()
-    for done, name in enumerate(todo, 1):
-        for number in seeds_of(study, name):
-            if number in seeds:
-                fill_part(name, study.parts[name], seeds[number])
-        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / done * (len(todo) - done)))
-        print(f"== {name} done, {done}/{len(todo)}, ETA {eta}", flush=True)
+def work(study: StudyConfig, workdir: Path, todo: Sequence[str], hand: Sequence[int]) -> None:
+    """Fills the parts `todo`, part by part: first those of the seeds in `hand`, then, the last first, what no other
+    worker has begun."""
+    pairs = [(name, number) for name in todo for number in seeds_of(study, name)]
+    own = [pair for pair in pairs if pair[1] in hand]
+    seeds, start = {number: Seed(study, number, workdir) for _, number in pairs}, time.monotonic()
+    for done, (name, number) in enumerate([*own, *(pair for pair in reversed(pairs) if pair not in own)], 1):
+        part, seed = study.parts[name], seeds[number]
+        with held(seed.folder / f"{name}.part", waits=False) as is_ours:
+            if is_ours and not is_filled(name, part, seed):
+                fill_part(name, part, seed)
+        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / done * max(len(own) - done, 0)))
+        how_far = f"{done}/{len(own)}, ETA {eta}" if done <= len(own) else "for another worker"
+        if is_ours:
+            print(f"== {name} of seed {number} done, {how_far}", flush=True)
 
 
 def seeds_of(study: StudyConfig, name: str) -> tuple[int, ...]:
@@ -328,9 +344,9 @@ def seeds_of(study: StudyConfig, name: str) -> tuple[int, ...]:
 
 
 def deal(study: StudyConfig, todo: Sequence[str], num_workers: int) -> list[list[int]]:
-    """The seeds of each worker: each seed goes to who has least to do, those with the most parts first."""
+    """The seeds that each worker begins with: each goes to who has least to do, those with the most parts first."""
     num_parts = Counter(seed for name in todo for seed in seeds_of(study, name))
-    hands: list[list[int]] = [[] for _ in range(min(num_workers, len(num_parts)))]
+    hands: list[list[int]] = [[] for _ in range(min(num_workers, num_parts.total()))]
     for seed, _ in num_parts.most_common():
         min(hands, key=lambda hand: sum(num_parts[own] for own in hand)).append(seed)
     return hands
@@ -346,7 +362,7 @@ def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: S
     workers = []
     for number, hand in enumerate(hands):
         log, share = workdir / f"worker{number}.log", cores[number :: len(hands)]
-        print(f"worker {number}: seeds {', '.join(map(str, hand))}, cores {share or 'any'}, log {log}", flush=True)
+        print(f"worker {number}: seeds {hand} first, cores {share or 'any'}, log {log}", flush=True)
         # A process started anew: JAX does not survive a fork.
         worker = multiprocessing.get_context("spawn").Process(
             target=_work, args=(log, share, study, workdir, todo, hand)
@@ -378,12 +394,7 @@ def write_report(study: StudyConfig, workdir: Path) -> None:
     sections = []
     for name, part in study.parts.items():
         of_part = [Seed(study, number, workdir) for number in seeds_of(study, name)]
-        if part.command:
-            files = [seed.folder / name / file for seed in of_part for file in (*part.tables, *part.pictures)]
-        else:
-            cells = itertools.product(of_part, part.models, part.measures)
-            files = [seed.evaluation(model, measure) / "results.json" for seed, model, measure in cells]
-        if not all(file.is_file() for file in files):
+        if not all(is_filled(name, part, seed) for seed in of_part):
             continue
         if not part.command:
             records = grid_records(study, part, of_part)
@@ -407,6 +418,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "the study: a file of configs/")
     flags.DEFINE_string("workdir", None, "folder to write, and to continue", required=True)
     flags.DEFINE_list("only", None, "parts to run now; default: all")
-    flags.DEFINE_integer("workers", 1, "processes among which the seeds are dealt, each with its share of the cores", 1)
+    flags.DEFINE_integer("workers", 1, "processes that share the parts, each with its share of the cores", 1)
     flags.mark_flag_as_required("config")
     app.run(main)

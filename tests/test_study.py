@@ -9,8 +9,8 @@ import pytest
 
 import a2d_jax
 import a2d_jax.train
-from a2d_jax.stages import ROOT, read_config, train
-from a2d_jax.study import Measure, Part, Seed, StudyConfig, Training, deal, run
+from a2d_jax.stages import ROOT, held, read_config, train
+from a2d_jax.study import Measure, Part, Seed, StudyConfig, Training, deal, run, work
 from a2d_jax.study_grid import Grid, grid_markdown
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
@@ -87,7 +87,7 @@ def test_a_study_measures_models_and_reports(workdir):
 def test_a_part_is_measured_once(study, workdir, capfd):
     before = (workdir / "seed0" / "evaluations" / "base" / "fits" / "completions.jsonl").stat().st_mtime_ns
     run(study, workdir, ["world", "grid"])
-    assert "requests done before" in capfd.readouterr().out
+    assert "requests" not in capfd.readouterr().out
     assert (workdir / "seed0" / "evaluations" / "base" / "fits" / "completions.jsonl").stat().st_mtime_ns == before
 
 
@@ -136,13 +136,27 @@ def test_values_stand_where_their_names_are():
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "hands"), [(1, [[0, 1, 2]]), (2, [[0], [1, 2]]), (3, [[0], [1], [2]]), (9, [[0], [1], [2]])]
+    ("num_workers", "hands"),
+    [(1, [[0, 1, 2]]), (2, [[0], [1, 2]]), (3, [[0], [1], [2]]), (9, [[0], [1], [2], [], [], [], []])],
 )
 def test_seeds_are_dealt_by_how_much_there_is_to_do(study, num_workers, hands):
     of_one_seed = dataclasses.replace(study.parts["grid"], seeds=(0,))
     three = dataclasses.replace(study, seeds=(0, 1, 2), parts={**study.parts, "more": of_one_seed})
     assert deal(three, list(three.parts), num_workers) == hands
     assert deal(three, ["more"], num_workers) == [[0]]
+
+
+def test_a_worker_does_its_own_seeds_first_then_what_nobody_has_begun(study, tmp_path, monkeypatch):
+    three = dataclasses.replace(study, seeds=(0, 1, 2))
+    done = []
+    monkeypatch.setattr("a2d_jax.study.fill_part", lambda name, part, seed: done.append((name, seed.seed)))
+    with held(tmp_path / "seed2" / "grid.part"):  # another worker is at it
+        work(three, tmp_path, ["grid", "world"], [1])
+    assert done == [("grid", 1), ("world", 1), ("world", 2), ("world", 0), ("grid", 0)]
+    monkeypatch.setattr("a2d_jax.study.is_filled", lambda name, part, seed: seed.seed != 2)
+    done.clear()
+    work(three, tmp_path, ["grid", "world"], [1])
+    assert done == [("world", 2), ("grid", 2)]
 
 
 @pytest.mark.slow
