@@ -12,7 +12,6 @@ Everything is a command that resumes, so the study does too.
     DIR/seed<N>/{...}    trainings, evaluations, and what the programs wrote
 """
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -20,7 +19,7 @@ import os
 import string
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,120 +32,8 @@ from a2d_jax.attacks import AttackSettings
 from a2d_jax.hf_io import write_beside, write_json
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.stages import claim_folder, export, held, run_command, train
+from a2d_jax.study_config import Part, StudyConfig, check_names
 from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A training run: a file of configs/ (with {world} for the seed's data), the model or the folder (a path with a
-    slash, places in braces) that it starts from, and fields changed."""
-
-    config: str
-    start: str = "base"
-    changes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """An evaluation: what is asked, and what of the study's settings differs. `score` names the number to report."""
-
-    attack: str
-    prompts: str
-    sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    judge: str | None = None
-    score: str = "success"
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A grid of models and measures, or a program.
-
-    Attributes:
-      title, text: heading and lead of its section.
-      models, measures: of the grid, by name.
-      command: of the program, with places in braces; it writes into {out}.
-      tables, pictures: files that it leaves there and that belong in the report.
-      seeds: None: those of the study.
-    """
-
-    title: str
-    text: str = ""
-    models: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ()
-    command: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-    pictures: tuple[str, ...] = ()
-    seeds: tuple[int, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyConfig:
-    """A whole study.
-
-    Attributes:
-      seeds: of worlds and trainings.
-      prepare: commands that make a seed's data.
-      base: folder of the base model, or the name of a training.
-      carried: folders of bases that need no training, by seed.
-      sampler, batch_size, buckets, dtype, judge: of every evaluation.
-    """
-
-    seeds: tuple[int, ...]
-    base: str
-    trainings: Mapping[str, Training]
-    measures: Mapping[str, Measure]
-    parts: Mapping[str, Part]
-    prepare: tuple[tuple[str, ...], ...] = ()
-    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    batch_size: int = 16
-    buckets: tuple[int, ...] = evaluate.DEFAULT_BUCKETS
-    dtype: str = "bfloat16"
-    judge: str = "keywords"
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "StudyConfig":
-        """From a config file, where `parts` is a sequence of parts with a "name"; ValueError names what is unknown."""
-        config = dict(config)
-        for name, kind in (("trainings", Training), ("measures", Measure)):
-            config[name] = {key: kind(**value) for key, value in config[name].items()}
-        config["parts"] = {  # in their order, which the dicts of a config file do not keep
-            part["name"]: Part(**{key: value for key, value in part.items() if key != "name"})
-            for part in config["parts"]
-        }
-        study = cls(**config)
-        study.check()
-        return study
-
-    def settings(self) -> dict[str, Any]:
-        """What the results depend on, an entry for each training, measure and command; the rest only chooses."""
-        plain = dataclasses.asdict(self)
-        del plain["seeds"], plain["parts"]
-        plain |= {f"parts.{name}.command": part.command for name, part in self.parts.items() if part.command}
-        for kind in ("trainings", "measures"):
-            plain |= {f"{kind}.{name}": value for name, value in plain.pop(kind).items()}
-        return plain
-
-    def check(self) -> None:
-        """ValueError for a name that nothing has."""
-        models, measures = {"base", *self.trainings}, set(self.measures)
-        for name, training in self.trainings.items():
-            if "/" not in training.start:
-                _check_names(f"trainings.{name}.start", [training.start], models)
-        for name, part in self.parts.items():
-            if bool(part.command) == bool(part.models and part.measures):
-                raise ValueError(f"parts.{name}: give a command, or models and measures.")
-            if part.command and not (part.tables or part.pictures):
-                raise ValueError(f"parts.{name}: name the tables or pictures that its command leaves in {{out}}.")
-            _check_names(f"parts.{name}.models", part.models, models)
-            _check_names(f"parts.{name}.measures", part.measures, measures)
-
-
-def _check_names(where: str, names: Sequence[str], known: set[str]) -> None:
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise ValueError(f"config.{where} names {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
 
 
 class Seed:
@@ -297,7 +184,7 @@ def section(name: str, part: Part, seeds: Sequence[Seed], workdir: Path) -> str:
 
 def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None, num_workers: int = 1) -> None:
     """Runs the parts, and writes the report of all that are there."""
-    _check_names("parts", only or (), set(study.parts))
+    check_names("parts", only or (), set(study.parts))
     todo = [name for name in study.parts if not only or name in only]
     print(
         f"{len(todo)} parts: {', '.join(todo)}; seeds {', '.join(map(str, study.seeds))}; writes {workdir}", flush=True

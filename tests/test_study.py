@@ -10,7 +10,8 @@ import pytest
 import a2d_jax
 import a2d_jax.train
 from a2d_jax.stages import ROOT, held, read_config, train
-from a2d_jax.study import Measure, Part, Seed, StudyConfig, Training, deal, run, work
+from a2d_jax.study import Seed, deal, run, work
+from a2d_jax.study_config import Measure, Part, StudyConfig, Training
 from a2d_jax.study_grid import Grid, grid_markdown
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
