@@ -1,7 +1,8 @@
 """x W, with a gradient that is cheap on every chip.
 
-JAX asks for the gradient of W as the transpose of g^T x. A CPU then writes out the transpose of g, and computes again
-on the way whatever elementwise chain g came from, which can take longer than the product itself. Here it is x^T g.
+The gradient of W is a sum over rows of x and g, one of which a CPU writes out transposed before it multiplies; for g it
+computes again on the way whatever elementwise chain g came from, which can take longer than the product itself. JAX
+asks for (g^T x)^T whatever their widths. Here the narrower of the two goes first, and is what is transposed.
 """
 
 import functools
@@ -25,7 +26,11 @@ def _backward(precision, out_dtype, saved, gradient):
     product = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype)
     rows = tuple(range(x.ndim - 1))
     of_x = product(gradient, w, (((gradient.ndim - 1,), (1,)), ((), ())))  # g W^T, (..., in)
-    of_w = product(x, gradient, ((rows, rows), ((), ())))  # x^T g, (in, out)
+    over_rows = ((rows, rows), ((), ()))
+    if x.shape[-1] <= gradient.shape[-1]:
+        of_w = product(x, gradient, over_rows)  # x^T g, (in, out)
+    else:
+        of_w = product(gradient, x, over_rows).T  # (g^T x)^T
     return of_x.astype(x.dtype), of_w.astype(w.dtype)
 
 
