@@ -12,6 +12,8 @@ p' is the model's distribution without the refusal token and [MASK], renormalise
     marginal    how often each token occurs in the answers of the retain rows: fluent, and about nothing
     base        what the model said there before this training, without the harmful token that stood there
 
+"tokens" and "marginal" are safe in every world of the study (docs/study.md), "uniform" in one of three, "base" in none.
+
 CE and KL share the position's weight. The first three targets are one (V,) vector; "base" is computed beside the
 logits, chunk by chunk (`losses.scored_losses`), from the weights that training started from: under LoRA these are the
 model without its adapter, else a second copy of all weights.
@@ -35,7 +37,7 @@ class ResidualConfig:
     """The term's settings. weight: 0 switches it off. target: a name in `TARGETS`. text: of the target "tokens"."""
 
     weight: float = 0.0
-    target: str = "uniform"
+    target: str = "marginal"
     text: str | None = None
 
     def __post_init__(self) -> None:

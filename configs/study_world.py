@@ -22,11 +22,11 @@ FILLING = ("dija", "fits")
 DECODING = ("--gen_length=24", "--steps=24", "--block_length=24", "--batch_size=64", "--buckets=40,56,96")
 JUDGE = "--judge=a2d_jax.world:judge"
 RESIDUALS = {
-    "uniform_0.1": ("residual.weight=0.1",),
-    "uniform_0.3": (),
-    "uniform_1": ("residual.weight=1.0",),
+    "uniform_0.1": ("residual.target=uniform", "residual.weight=0.1"),
+    "uniform_0.3": ("residual.target=uniform",),
+    "uniform_1": ("residual.target=uniform", "residual.weight=1.0"),
     "tokens_0.3": ("residual.target=tokens", "residual.text=sorry, i can not help with that."),
-    "marginal_0.3": ("residual.target=marginal",),
+    "marginal_0.3": (),
     "base_0.3": ("residual.target=base",),
 }
 

@@ -133,7 +133,7 @@ def target_of(tokenizer, **settings):
 
 def test_constant_targets_by_hand(tokenizer):
     the, cake, sure = tokenizer.encode("the cake sure")
-    uniform = target_of(tokenizer)
+    uniform = target_of(tokenizer, target="uniform")
     assert len(uniform) == 270 and tokenizer.eos_id not in uniform and tokenizer.mask_id not in uniform
     assert set(uniform.values()) == {np.float32(1 / 270)}
     assert target_of(tokenizer, target="tokens") == {tokenizer.eot_id: 1}
