@@ -370,9 +370,7 @@ def decode_block(graphdef, state, layers, rows: Rows, draws: Draws, *, plan: Pla
     start = rows.tokens.shape[1] - (plan.num_blocks - rows.current) * block_length  # (B,)
 
     tokens, attention_mask = model_inputs(rows, mask_id, plan)
-    hidden, cache = model.cached_hidden_states(
-        tokens, attention_mask, layers=layers
-    )  # (B, T, D); of each layer (B, T, K, H)
+    hidden, cache = model.cached_hidden_states(tokens, attention_mask, layers=layers)  # (B, T, D), (B, T, K, H) a layer
     offset = jnp.zeros_like(start)
     rows = reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan, is_cache_pass=True)
 
