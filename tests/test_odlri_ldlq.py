@@ -140,6 +140,20 @@ def test_rows_split_over_eight_devices_give_the_same_bits(m):
     np.testing.assert_array_equal(whole, split)
 
 
+@pytest.mark.parametrize("codebook", [E8P12, codebooks.uniform(3)], ids=lambda c: c.name)
+def test_rows_that_stand_still_are_left_out_of_sweeps_without_a_trace(codebook):
+    w, h = problem(150, 64)  # three chunks, the last not full
+    factors, units = ldlq.factorise(h), ldlq.block_units(ldlq.block_scale(w, codebook, 16), 64)
+    start = ldlq.feedback_pass(w, factors.lower, units, codebook)
+    sweep_all = jax.jit(lambda q: ldlq._sweep(w, q, factors, units, codebook, False))
+    q = [start]
+    for _ in range(3):
+        q.append(sweep_all(q[-1]))
+    num_moved = [int((old != new).any(axis=1).sum()) for old, new in zip(q, q[1:], strict=False)]
+    assert 0 < num_moved[-1] < num_moved[0] / 2, num_moved
+    np.testing.assert_array_equal(jax.jit(ldlq.tune, static_argnums=4)(w, start, factors, units, codebook, 3), q[-1])
+
+
 def test_a_stack_of_matrices_is_the_matrices_one_by_one():
     pairs = [problem(16, 32, seed) for seed in range(3)]
     w, h = (jnp.stack(x) for x in zip(*pairs, strict=True))
