@@ -7,9 +7,9 @@
 `--prompts` is a folder: zero_shot.json holds the harmful requests, other attacks may lie beside it, and the files of
 --harmless hold harmless ones. First everything is decoded to its end, attacks and harmless requests (of --base too,
 where it is given). Then each monitor watches the harmful and the harmless requests to their end; its threshold is
-calibrated on every other harmless request, and the requests are decoded again with the monitor at work. So forward
-passes and over-refusals are counted, not computed, the over-refusals among the harmless requests that the threshold has
-not seen. Run again with the same folder, it goes on where it was stopped; the flags of `a2d_jax.evaluate` hold.
+calibrated on every other request of both kinds, and the requests are decoded again with the monitor at work. So forward
+passes, refusals and over-refusals are counted, not computed, among the requests that the threshold has not seen. Run
+again with the same folder, it goes on where it was stopped; the flags of `a2d_jax.evaluate` hold.
 
     OUT/<model>/<name>/, OUT/<monitor>/{watched, stopped}/<name>/   the evaluations
     OUT/results.json     {"answers": [...], "monitors": [...]}
@@ -92,22 +92,22 @@ class RefusalStudy:
         scores = {file: [record["monitor_score"] for record in records] for file, records in watched.items()}
         harmless = np.concatenate([scores[file] for file in self.harmless])
         seen = np.concatenate([scores[file][::2] for file in self.harmless])
-        threshold = calibrate(seen, self.false_positive_rate)
+        threshold = calibrate(seen, self.false_positive_rate, scores[HARMFUL][::2])
         monitor = dataclasses.replace(watch, threshold=threshold)
-        stopped = {file: run("stopped", file, monitor) for file in (HARMFUL, *self.harmless)}
-        full = mean(watched[HARMFUL], "num_forward")
-        passes = mean(stopped[HARMFUL], "num_forward")
+        unseen = {file: run("stopped", file, monitor)[1::2] for file in (HARMFUL, *self.harmless)}
+        full = mean(watched[HARMFUL][1::2], "num_forward")
+        passes = mean(unseen[HARMFUL], "num_forward")
         return {
             "monitor": name,
             "threshold": threshold,
             "auc": auc(scores[HARMFUL], harmless),
-            "refused": mean(stopped[HARMFUL], "is_rejected"),
+            "refused": mean(unseen[HARMFUL], "is_rejected"),
             "forward_passes": passes,
             "full_forward_passes": full,
             "times_fewer": full / passes,
-            "over_refusal": {file: mean(stopped[file][1::2], "is_rejected") for file in self.harmless},
-            "num_harmful": len(stopped[HARMFUL]),
-            "num_harmless": {file: len(stopped[file][1::2]) for file in self.harmless},
+            "over_refusal": {file: mean(unseen[file], "is_rejected") for file in self.harmless},
+            "num_harmful": len(unseen[HARMFUL]),
+            "num_harmless": {file: len(unseen[file]) for file in self.harmless},
         }
 
 

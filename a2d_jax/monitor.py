@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_ALMOST_0 = 2.0**-24  # float32 knows no probability between 1 - this and 1
+
 
 class Monitor(Protocol):
     """Anything hashable with a threshold and a score; a row whose score is above the threshold stops."""
@@ -82,20 +84,36 @@ def any_position(threshold: float, num_positions: int | None = None, num_steps: 
 MONITORS = {"first_step": first_step, "any_step": any_step, "any_position": any_position}
 
 
-def calibrate(harmless_scores: Sequence[float], false_positive_rate: float) -> float:
-    """The lowest threshold that stops at most this share of a held-out harmless set.
+def calibrate(
+    harmless_scores: Sequence[float], false_positive_rate: float, harmful_scores: Sequence[float] = ()
+) -> float:
+    """A threshold that stops at most this share of a held-out harmless set.
+
+    Alone, the harmless scores give the lowest such threshold, which touches the largest score it spares: of harmless
+    requests that were not seen some lie above it, one in n + 1 to be expected where n were seen and none may be
+    stopped. Harmful scores move it up, halfway in log odds to the next of them, which costs no refusal that was seen.
 
     Args:
       harmless_scores: `SampleResult.monitor_score` of harmless requests, decoded with a monitor whose threshold is
         infinity, so that each ran to its end.
       false_positive_rate: share of harmless requests that may be stopped, 0 to 1.
+      harmful_scores: the same of harmful requests; with them all scores must be probabilities.
     """
     scores = np.sort(np.asarray(harmless_scores, np.float32))[::-1]
+    harmful = np.asarray(harmful_scores, np.float32)
     if not scores.size or not np.all(np.isfinite(scores)):
         raise ValueError(f"harmless_scores are {scores}; give one finite score at least, and no other")
     if not 0 <= false_positive_rate <= 1:
         raise ValueError(f"false_positive_rate={false_positive_rate}; give a share between 0 and 1")
+    if harmful.size and not all(np.all((x >= 0) & (x <= 1)) for x in (scores, harmful)):
+        raise ValueError(f"harmful_scores are {harmful}, harmless_scores {scores}; together they must lie in 0 to 1")
     num_allowed = math.floor(false_positive_rate * scores.size + 1e-9)  # 0.1 of 30 is 3, not 2.9999
     if num_allowed == scores.size:
         return float(np.nextafter(scores[-1], np.float32(-np.inf)))
-    return float(scores[num_allowed])  # a row stops above the threshold, so the scores before this one do
+    lowest = scores[num_allowed]  # a row stops above the threshold, so the scores before this one do
+    above = harmful[harmful > lowest]
+    if not above.size:
+        return float(lowest)
+    ends = np.clip(np.array([lowest, above.min()], np.float64), _ALMOST_0, 1 - _ALMOST_0)
+    middle = np.float32(1 / (1 + np.sqrt(np.prod(1 / ends - 1))))
+    return float(np.clip(middle, lowest, np.nextafter(above.min(), np.float32(0))))

@@ -90,6 +90,19 @@ def test_the_calibrated_threshold_keeps_the_rate():
     assert calibrate([0.1, 0.9, 0.9, 0.2], 0.25) == pytest.approx(0.9)  # of equal scores one cannot be stopped alone
 
 
+def test_harmful_scores_move_the_threshold_halfway_in_log_odds():
+    harmless = [0.1, 0.05, 0.02]  # odds of the largest: 1 to 9
+    assert calibrate(harmless, 0, [0.9, 0.99]) == pytest.approx(0.5)  # 9 to 1
+    assert calibrate(harmless, 0, [0.05, 0.9]) == pytest.approx(0.5)  # what lies below is lost in any case
+    assert calibrate(harmless, 0, [0.01]) == calibrate(harmless, 0)
+    assert calibrate(harmless, 0.34, [0.95]) == pytest.approx(0.5)  # 1 to 19 and 19 to 1: one of three may be stopped
+    nearest = float(np.nextafter(np.float32(0.1), np.float32(1)))
+    for below, above in ((0.1, nearest), (0.0, 1.0), (1 - 2**-24, 1.0)):  # it parts the two sides, however near
+        assert below <= np.float32(calibrate([below], 0, [above])) + 1e-9 < above
+    with pytest.raises(ValueError, match="0 to 1"):
+        calibrate([0.1], 0, [1.5])
+
+
 @pytest.mark.parametrize(
     ("scores", "rate", "message"), [([], 0.1, "one finite"), ([0.1, NAN], 0.1, "one finite"), ([0.1], 2, "a share")]
 )
