@@ -12,7 +12,7 @@ Quantised factors always live in the rotated basis, which their rounding needs. 
 instead: sweeps accepted always, factors rounded to nearest points in the basis of Q, no error kept from rising.
 
 Everything is float32 with products at the highest precision, and one jitted program for each shape and config. The
-16-bit factors that are kept end as float16 numbers, so that packing loses nothing; `published` keeps float32.
+16-bit factors that are kept end as float16 numbers, so that packing loses nothing.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ def decompose_arrays(
     q, q_scale, pair, error = state
 
     whole = ldlq.weighted_error(w, factors[0].h)
-    if config.factor_codebook is None and not config.published:
+    if config.factor_codebook is None:
         left, right = (x.astype(jnp.float16).astype(jnp.float32) for x in (pair.left, pair.right))
         pair = pair._replace(left=left, right=right)
         error = jnp.sqrt(ldlq.weighted_error(w - q - matmul(left, right), factors[0].h) / whole)

@@ -51,10 +51,13 @@ def test_what_was_packed_comes_back_bit_for_bit(case):
         assert again[name].dtype == array.dtype and np.array_equal(again[name], array), name
 
 
-def test_the_result_of_a_decomposition_packs():
+@pytest.mark.parametrize("published", [False, True])
+def test_the_result_of_a_decomposition_packs(published):
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((16, 32)).astype(np.float32), rng.standard_normal((99, 32))
-    config = DecomposeConfig(rank=4, num_outliers=2, init="zero", outer_iters=1, inner_iters=1, tune_iters=1)
+    config = DecomposeConfig(
+        rank=4, num_outliers=2, init="zero", outer_iters=1, inner_iters=1, tune_iters=1, published=published
+    )
     d = decompose(w, (x.T @ x / 99).astype(np.float32), config, jax.random.key(0))
     assert same_bits(unpack(pack(d), config, w.shape).dense(), d.dense())
 
