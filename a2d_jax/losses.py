@@ -9,17 +9,13 @@ that any split of it, into micro-batches or over devices, adds up to the same nu
 response position of the row, [EOS] padding up to the batch's longest row included.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from a2d_jax.config import DIFFUSION_FAMILIES
 from a2d_jax.masking import NoisedBatch
-from a2d_jax.sharding import constrain, num_shards
 
 OBJECTIVES = ("llada", "dream", "causal")
-LOGITS_AT_ONCE = 2**25  # float32 logits that training holds on a device: 128 MB
 
 
 def objective_of(family: str) -> str:
@@ -70,72 +66,6 @@ def align_targets(targets: jax.Array, weights: jax.Array, objective: str) -> tup
         return targets, weights
     shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)  # noqa: E731
     return shift(targets), shift(weights)
-
-
-def scored_losses(
-    logits_of: Callable[[jax.Array, jax.Array | None], jax.Array],
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    vocab_size: int,
-    key: jax.Array | None = None,
-    extra: Callable[..., jax.Array] | None = None,
-    extra_inputs: tuple[jax.Array, ...] = (),
-) -> jax.Array:
-    """weight x CE of every position, without the logits of all positions: (B, T).
-
-    Positions are taken in chunks, those that are scored first, and a chunk without any is skipped; the backward pass
-    computes a chunk's logits again. Each part of the batch that lies on other chips is sorted by itself.
-
-    Args:
-      logits_of: (hidden (G, C, D), key) -> logits (G, C, V).
-      hidden: (B, T, D).
-      targets, weights: (B, T), of the raw logits; weight 0: not scored.
-      key: for the head's dropout.
-      extra: a further term of the loss, (logits (G, C, V), each of `extra_inputs` there) -> (G, C); its gradient goes
-        to the logits alone. It is asked only where chunks hold a weight.
-      extra_inputs: (B, T) or (B, T, ...) each.
-    """
-    num_rows, length, width = hidden.shape
-    num_groups = num_shards("batch", num_rows)  # G
-    num_positions = num_rows * length // num_groups  # P
-    at_once = LOGITS_AT_ONCE * num_shards("head_vocab", vocab_size) // (vocab_size * num_groups)
-    at_once = max(at_once // 128 * 128, 128)  # C, a multiple of the matrix unit's side
-
-    def chunk_losses(hidden, targets, weights, key, *extra_inputs):
-        logits = constrain(logits_of(hidden, key), None, None, "head_vocab")  # (G, C, V)
-        losses = weights * cross_entropy(logits, targets)
-        return losses if extra is None else losses + extra(logits, *extra_inputs)
-
-    grouped = lambda x: constrain(x.reshape(num_groups, num_positions, *x.shape[2:]), "batch", *(None,) * (x.ndim - 1))  # noqa: E731
-    hidden, targets, weights = grouped(hidden), grouped(targets), grouped(weights)  # (G, P, D), (G, P), (G, P)
-    extra_inputs = tuple(map(grouped, extra_inputs))
-    if num_positions <= at_once:
-        return chunk_losses(hidden, targets, weights, key, *extra_inputs).reshape(num_rows, length)
-
-    num_chunks = -(-num_positions // at_once)
-    order = jnp.argsort(weights == 0, axis=1, stable=True)  # (G, P)
-    filled = jnp.pad(order, ((0, 0), (0, num_chunks * at_once - num_positions)))
-    is_real = jnp.arange(num_chunks * at_once) < num_positions
-    weights = jnp.take_along_axis(weights, filled, axis=1) * is_real  # (G, chunks C)
-    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (chunks, G, C)  # noqa: E731
-
-    @jax.checkpoint
-    def step(hidden, chunk):
-        positions, weights, index = chunk
-
-        def score():
-            chunk_key = None if key is None else jax.random.fold_in(key, index)
-            there = lambda x: jnp.take_along_axis(x, positions.reshape(*positions.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
-            return chunk_losses(there(hidden), there(targets), weights, chunk_key, *map(there, extra_inputs))
-
-        return jax.lax.cond(jnp.any(weights > 0), score, lambda: jnp.zeros_like(weights))
-
-    _, losses = jax.lax.scan(
-        lambda _, chunk: (None, step(hidden, chunk)), None, (chunks(filled), chunks(weights), jnp.arange(num_chunks))
-    )  # (chunks, G, C)
-    losses = losses.swapaxes(0, 1).reshape(num_groups, -1)
-    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1).reshape(num_rows, length)
 
 
 def a2d_loss(logits: jax.Array, batch: NoisedBatch, objective: str = "llada") -> jax.Array:

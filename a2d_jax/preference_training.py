@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from a2d_jax.chunked_losses import Head, scored_losses
 from a2d_jax.gradients import Params, grads_in_parts
-from a2d_jax.losses import align_targets, scored_losses
+from a2d_jax.losses import align_targets
 from a2d_jax.preference import PreferenceConfig, draw_samples, preference_losses
 from a2d_jax.reference import split_reference
 
@@ -32,7 +33,8 @@ def estimate_nll(
     body_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     hidden = model.hidden_states(noisy_tokens, flat(attention_mask[:, None]), dropout_key=body_key)  # (B S, T, D)
     targets, weights = align_targets(flat(tokens[:, None]), flat(weights), objective)
-    losses = scored_losses(model.logits, hidden, targets, weights, model.config.vocab_size, head_key)  # (B S, T)
+    head = Head(*model.split_head(), model.config.vocab_size)
+    losses = scored_losses(head, hidden, targets, weights, head_key)  # (B S, T)
     return jnp.sum(losses.reshape(num_rows, -1), axis=1)
 
 

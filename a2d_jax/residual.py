@@ -15,7 +15,7 @@ p' is the model's distribution without the refusal token and [MASK], renormalise
 "tokens" and "marginal" are safe in every world of the study (docs/study.md), "uniform" in one of three, "base" in none.
 
 CE and KL share the position's weight. The first three targets are one (V,) vector; "base" is computed beside the
-logits, chunk by chunk (`losses.scored_losses`), from the weights that training started from: under LoRA these are the
+logits, chunk by chunk (`chunked_losses.py`), from the weights that training started from: under LoRA these are the
 model without its adapter, else a second copy of all weights.
 """
 

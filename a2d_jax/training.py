@@ -15,8 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from a2d_jax.chunked_losses import Head, scored_sum
 from a2d_jax.gradients import Params, grads_in_parts
-from a2d_jax.losses import align_targets, position_weights, scored_losses
+from a2d_jax.losses import align_targets, position_weights
 from a2d_jax.masking import corrupt, next_tokens
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.preference import PreferenceConfig
@@ -161,19 +162,26 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.bool(True))
 
 
-def residual_term(objective: Objective, model: Transformer, base: Transformer | None, noisy_tokens, mask):
-    """The residual term as `scored_losses` takes it: a function of a chunk's logits, and its inputs beside the
-    weights (B, T) and the clean tokens (B, T)."""
-    is_kept = kept_tokens(model.config.vocab_size, (objective.eos_id, objective.mask_id))
+def residual_term(objective: Objective, head: Head, base: Transformer | None, noisy_tokens, mask):
+    """(the head with the residual term beside it, the term's inputs beside the weights (B, T) and the clean tokens
+    (B, T))."""
+    is_kept = kept_tokens(head.vocab_size, (objective.eos_id, objective.mask_id))
     if base is None:
         target = objective.residual.target
-        return (lambda logits, weights, _: weights * residual_divergence(logits, target, is_kept)), ()
+        term = lambda _, logits, weights, __: weights * residual_divergence(logits, target, is_kept)  # noqa: E731
+        return head._replace(extra=term), ()
+    base_logits_of, *base_arrays = base.split_head()
 
-    def against_base(logits, weights, clean_tokens, base_hidden):
-        target = base_target(base.logits(base_hidden), clean_tokens, is_kept)  # (G, C, V)
+    def logits_of(trained, frozen, hidden, key):
+        return head.logits_of(trained, frozen[0], hidden, key)
+
+    def against_base(frozen, logits, weights, clean_tokens, base_hidden):
+        base_logits = base_logits_of(*frozen[1], base_hidden, None)
+        target = base_target(base_logits, clean_tokens, is_kept)  # (G, C, V)
         return weights * residual_divergence(logits, jax.lax.stop_gradient(target), is_kept)
 
-    return against_base, (jax.lax.stop_gradient(base.hidden_states(noisy_tokens, mask)),)
+    both = head._replace(logits_of=logits_of, frozen=(head.frozen, base_arrays), extra=against_base)
+    return both, (jax.lax.stop_gradient(base.hidden_states(noisy_tokens, mask)),)
 
 
 def loss_and_grads(
@@ -197,18 +205,15 @@ def loss_and_grads(
         body_key, head_key = (None, None) if key is None else jax.random.split(key)
         hidden = model.hidden_states(noisy_tokens, mask, dropout_key=body_key)  # (B / parts, T, D)
         targets, part_weights = align_targets(targets, part_weights, objective.name)
-        extra, extra_inputs = None, ()
+        head, extra_inputs = Head(*model.split_head(), model.config.vocab_size), ()
         if residual is not None:
             has_base = objective.residual.config.needs_reference
             base = nnx.merge(graphdef, reference, frozen) if has_base else None
-            extra, inputs = residual_term(objective, model, base, noisy_tokens, mask)
+            head, inputs = residual_term(objective, head, base, noisy_tokens, mask)
             harmful_tokens, harmful_weights = residual
             extra_inputs = (harmful_weights, harmful_tokens, *inputs)
-        token_loss = scored_losses(
-            model.logits, hidden, targets, part_weights, model.config.vocab_size, head_key, extra, extra_inputs
-        )
-        row_loss = jnp.sum(token_loss, axis=1)
-        return jnp.sum(row_loss), row_loss
+        total, token_loss = scored_sum(head, hidden, targets, part_weights, head_key, extra_inputs)
+        return total, jnp.sum(token_loss, axis=1)
 
     parts = (noised.noisy_tokens, noised.tokens, weights, attention_mask, residual)
     return grads_in_parts(loss_of_part, params, parts, objective.grad_accum_steps, dropout_key)

@@ -70,7 +70,9 @@ class TorchSide:
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets)
         self.model, self.batch = peft.get_peft_model(module, config), batch
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer, self.step = torch.optim.AdamW(trained, lr=1e-4), 0
+        adamw = RunConfig().optimizer
+        self.optimizer = torch.optim.AdamW(trained, lr=adamw.learning_rate, weight_decay=adamw.weight_decay)
+        self.step = 0
 
     def update(self) -> float:
         key, _ = jax.random.split(jax.random.fold_in(jax.random.key(RunConfig().seed), self.step))  # as in make_update

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_evaluate import write_tiny_checkpoint
 
-from a2d_jax import losses
+from a2d_jax import chunked_losses
 from a2d_jax.data import DataConfig, make_loader
 from a2d_jax.metrics import read_metrics
 from a2d_jax.residual import (
@@ -65,25 +65,23 @@ def test_loss_and_gradients_are_those_of_pytorch_in_chunks_and_at_once(target, m
     is_kept = kept_tokens(vocab, (EOS, MASK))
     uniform = (is_kept / is_kept.sum()).astype(np.float32)
 
-    class Model:  # what the term asks of the model and its base
-        config = type("Config", (), {"vocab_size": vocab})
-
+    class Model:  # what the term asks of the base
         def hidden_states(self, tokens, mask):
             return jnp.asarray(base_hidden)
 
-        def logits(self, hidden):
-            return hidden @ base_head
+        def split_head(self):
+            return (lambda kernel, _, hidden, key: hidden @ kernel), jnp.asarray(base_head), None
 
     residual = Residual(ResidualConfig(0.3, target), None if target == "base" else uniform)
     objective = Objective("llada", MASK, EOS, residual=residual)
 
-    def ours(hidden, head):
-        extra, inputs = residual_term(objective, Model(), Model() if target == "base" else None, None, None)
-        losses_of = losses.scored_losses(
-            lambda hidden, key: hidden @ head, hidden, jnp.asarray(targets), jnp.asarray(weights), vocab, None,
-            extra, (jnp.asarray(harmful_weights), jnp.asarray(clean), *inputs),
-        )  # fmt: skip
-        return jnp.sum(losses_of)
+    def ours(hidden, kernel):
+        head = chunked_losses.Head(lambda kernel, _, hidden, key: hidden @ kernel, kernel, None, vocab)
+        head, inputs = residual_term(objective, head, Model() if target == "base" else None, None, None)
+        extra_inputs = (jnp.asarray(harmful_weights), jnp.asarray(clean), *inputs)
+        rows = jnp.asarray(targets), jnp.asarray(weights)
+        summed = chunked_losses.scored_sum(head, hidden, *rows, None, extra_inputs)[0]
+        return summed, jnp.sum(chunked_losses.scored_losses(head, hidden, *rows, None, extra_inputs))
 
     # PyTorch, from the definitions.
     h, w = torch.tensor(hidden, requires_grad=True), torch.tensor(head, requires_grad=True)
@@ -101,12 +99,13 @@ def test_loss_and_gradients_are_those_of_pytorch_in_chunks_and_at_once(target, m
     loss = loss + (torch.tensor(harmful_weights) * divergence).sum()
     loss.backward()
 
-    for at_once in (losses.LOGITS_AT_ONCE, 128 * vocab):  # all 192 positions, then two chunks of 128
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
-        value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, head)
-        np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-        for grad, expected in zip(grads, (h.grad, w.grad), strict=True):
-            np.testing.assert_allclose(grad, expected, atol=2e-4, rtol=1e-4)
+    for at_once in (chunked_losses.LOGITS_AT_ONCE, 128 * vocab):  # all 192 positions, then two chunks of 128
+        monkeypatch.setattr(chunked_losses, "LOGITS_AT_ONCE", at_once)
+        for i in range(2):  # by the sum, and by the losses
+            value, grads = jax.value_and_grad(lambda *x, i=i: ours(*x)[i], argnums=(0, 1))(hidden, head)
+            np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+            for grad, expected in zip(grads, (h.grad, w.grad), strict=True):
+                np.testing.assert_allclose(grad, expected, atol=2e-4, rtol=1e-4)
 
 
 ROWS = [

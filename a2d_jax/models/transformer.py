@@ -12,6 +12,7 @@ names of its axes (`logical_axes`); `a2d_jax/sharding.py` lays them onto the mes
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -360,9 +361,24 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """hidden (B, T, D) -> (B, T, V) float32."""
-        if self.lm_head is None:
-            return self.embed.attend(hidden)
-        return self.lm_head(hidden, dropout_key, out_dtype=jnp.float32)
+        return _head_logits(self._head, hidden, dropout_key)
+
+    @property
+    def _head(self) -> nnx.Module:
+        return self.embed if self.lm_head is None else self.lm_head
+
+    def split_head(self) -> tuple[Callable[..., jax.Array], nnx.State, nnx.State]:
+        """`logits` as a function of arrays: (logits_of, trained, frozen), logits_of(trained, frozen, hidden, key).
+
+        What is trained of the head: low-rank factors where the model carries any, else every weight.
+        """
+        kind = nnx.LoRAParam if nnx.state(self, nnx.LoRAParam) else nnx.Param
+        graphdef, trained, frozen = nnx.split(self._head, kind, ...)
+
+        def logits_of(trained, frozen, hidden, dropout_key):
+            return _head_logits(nnx.merge(graphdef, trained, frozen), hidden, dropout_key)
+
+        return logits_of, trained, frozen
 
     def __call__(self, tokens, attention_mask=None, *, positions=None, dropout_key=None) -> jax.Array:
         """Logits of every position.
@@ -377,6 +393,12 @@ class Transformer(nnx.Module):
         """
         graphdef, state = nnx.split(self)
         return _forward(graphdef, state, tokens, attention_mask, positions, dropout_key)
+
+
+def _head_logits(head: nnx.Module, hidden: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    if isinstance(head, Embed):
+        return head.attend(hidden)
+    return head(hidden, dropout_key, out_dtype=jnp.float32)
 
 
 def _walk(apply_block, x: jax.Array, layers, beside):
