@@ -24,7 +24,7 @@ from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK, Codebook
 
 MAX_PANEL = 128
-MAX_CHUNKS, MIN_CHUNK = 8, 64  # of the rows in a sweep
+MAX_CHUNKS, MIN_CHUNK = 4, 64  # of the rows in a sweep
 
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -157,9 +157,10 @@ def _sweep(w: jax.Array, q: jax.Array, factors: Factors, scale: jax.Array, codeb
     width = panel_width(n)
     h, _, inverse = factors
 
-    def panel_step(step, q):
+    def panel_step(step, carry):
+        q, error = carry  # (m, n) both
         start = n - (step + 1) * width
-        gradient = matmul(w - q, _columns(h, start, width))  # (m, width)
+        gradient = matmul(error, _columns(h, start, width))  # (m, width)
         inner = jax.lax.dynamic_slice(h, (start, start), (width, width))
 
         def block_step(j, carry):
@@ -175,9 +176,9 @@ def _sweep(w: jax.Array, q: jax.Array, factors: Factors, scale: jax.Array, codeb
             return _set_columns(q, rounded, at), gradient - matmul(rounded - here, rows)
 
         panel_q, _ = jax.lax.fori_loop(0, width // BLOCK, block_step, (_columns(q, start, width), gradient))
-        return _set_columns(q, panel_q, start)
+        return _set_columns(q, panel_q, start), _set_columns(error, _columns(w, start, width) - panel_q, start)
 
-    return jax.lax.fori_loop(0, n // width, panel_step, q)
+    return jax.lax.fori_loop(0, n // width, panel_step, (q, w - q))[0]
 
 
 def tune(
@@ -198,10 +199,12 @@ def tune(
     """
     m = len(w)
     chunk = min(m, max(MIN_CHUNK, -(-m // MAX_CHUNKS)))
+    num_chunks = -(-m // chunk)
 
     def sweep_moving(_, carry):
         q, is_moving = carry  # (m, n), (m,)
-        order = jnp.pad(jnp.argsort(~is_moving), (0, -m % chunk), constant_values=m)  # m: no row
+        order = jnp.pad(jnp.argsort(~is_moving), (0, num_chunks * chunk - m), constant_values=m)  # m: no row
+        num_moving = jnp.sum(is_moving)
 
         def sweep_chunk(i, carry):
             q, is_moving = carry
@@ -212,7 +215,10 @@ def tune(
             has_moved = jnp.any(new != old, axis=-1)
             return q.at[rows].set(new, mode="drop"), is_moving.at[rows].set(has_moved, mode="drop")
 
-        return jax.lax.fori_loop(0, -(-jnp.sum(is_moving) // chunk), sweep_chunk, carry)
+        def sweep_if_any_moves(i, carry):  # in a loop of known length, so that a compiled program tells its cost
+            return jax.lax.cond(i * chunk < num_moving, sweep_chunk, lambda _, carry: carry, i, carry)
+
+        return jax.lax.fori_loop(0, num_chunks, sweep_if_any_moves, carry)
 
     return jax.lax.fori_loop(0, num_sweeps, sweep_moving, (q, jnp.ones(m, bool)))[0]
 
