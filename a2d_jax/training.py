@@ -167,9 +167,12 @@ def residual_term(objective: Objective, head: Head, base: Transformer | None, no
     (B, T))."""
     is_kept = kept_tokens(head.vocab_size, (objective.eos_id, objective.mask_id))
     if base is None:
-        target = objective.residual.target
-        term = lambda _, logits, weights, __: weights * residual_divergence(logits, target, is_kept)  # noqa: E731
-        return head._replace(extra=term), ()
+
+        def against_constant(frozen, logits, weights, clean_tokens):
+            del frozen, clean_tokens
+            return weights * residual_divergence(logits, objective.residual.target, is_kept)
+
+        return head._replace(extra=against_constant), ()
     base_logits_of, *base_arrays = base.split_head()
 
     def logits_of(trained, frozen, hidden, key):
