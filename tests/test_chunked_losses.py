@@ -1,14 +1,23 @@
 """The loss in chunks of scored positions is the loss of all logits, value and gradients, in fewer multiplications."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import a2d_jax
 from a2d_jax import chunked_losses
+from a2d_jax.assembly import with_adapter
 from a2d_jax.chunked_losses import Head, scored_losses, scored_sum
 from a2d_jax.losses import align_logits, align_targets, cross_entropy
+from a2d_jax.masking import NoisedBatch
+from a2d_jax.models.lora import LoRAConfig
+from a2d_jax.residual import Residual, ResidualConfig
+from a2d_jax.settings import RunConfig
 from a2d_jax.sharding import make_mesh
+from a2d_jax.training import Objective, loss_and_grads, pure, split_model
 from launch import hlo
 
 B, T, D, V = 8, 96, 16, 40
@@ -114,3 +123,32 @@ def test_dropout_of_the_head_differs_between_chunks(small_chunks):
     head = Head(seen, None, None, V)
     value = scored_losses(head, hidden, jnp.zeros_like(targets), jnp.ones_like(weights), jax.random.key(0))
     assert len(np.unique(np.asarray(value).round(5))) == B * T // 128
+
+
+def test_a_training_step_in_chunks_and_parts_is_the_step_at_once(monkeypatch):
+    """An adapter on the head, gradients in two parts, and the residual term against the base; then dropout."""
+    run = RunConfig(lora=LoRAConfig(rank=2, dropout=0.5, targets=("q_proj", "lm_head")))
+    model = with_adapter(a2d_jax.load_pretrained(Path(__file__).parent / "fixtures" / "llada_tiny"), run)
+    graphdef, trained, frozen = split_model(model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), pure(trained))
+    tokens = jnp.asarray(rng.integers(1, 200, (16, 20)), jnp.int32)  # 160 positions in each part
+    masked = jnp.asarray(rng.random(tokens.shape) < 0.9)
+    is_response, is_safe = jnp.ones_like(masked), jnp.arange(16) % 2 == 0
+    batch = NoisedBatch(
+        tokens=tokens, noisy_tokens=jnp.where(masked, 0, tokens), is_masked=masked,
+        mask_prob=jnp.full(masked.shape, 0.9), is_response=is_response, is_safe=is_safe,
+    )  # fmt: skip
+    residual = Residual(ResidualConfig(0.5, "base"), None)
+    objective = Objective("llada", mask_id=0, eos_id=1, grad_accum_steps=2, residual=residual)
+
+    def step(key):
+        compute = lambda *x: loss_and_grads(graphdef, objective, *x, batch, is_response, key, tokens)  # noqa: E731
+        return jax.jit(compute)(params, pure(frozen))
+
+    at_once = step(None)
+    monkeypatch.setattr(chunked_losses, "LOGITS_AT_ONCE", 1)  # the least, 128 positions
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), step(None), at_once)
+    losses, grads = step(jax.random.key(0))
+    assert not np.allclose(losses, at_once[0])
+    assert all(np.isfinite(grad).all() and np.any(grad) for grad in jax.tree.leaves(grads))
