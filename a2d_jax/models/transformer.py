@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from a2d_jax.config import Llama3Rope, ModelConfig
-from a2d_jax.models.attention import attend
+from a2d_jax.models.attention import KeyValues, attend, attend_parts, heads_first
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.models.matmul import matmul
 from a2d_jax.sharding import constrain, is_for_tpu
@@ -169,13 +169,6 @@ class LayerContext(NamedTuple):
         return self.full_mask if is_sliding is None else jnp.where(is_sliding, self.sliding_mask, self.full_mask)
 
 
-class KeyValues(NamedTuple):
-    """What queries attend to, of one layer, or of all of them with an L axis in front."""
-
-    keys: jax.Array  # (B, S, K, H), rotated
-    values: jax.Array  # (B, S, K, H)
-
-
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -193,16 +186,16 @@ class Block(nnx.Module):
         self.up_proj = linear(d, config.mlp_dim, axes=("embed", "mlp"), has_bias=config.mlp_bias)
         self.down_proj = linear(config.mlp_dim, d, axes=("mlp", "embed"), has_bias=config.mlp_bias, gain=gain_out)
         self.head_dim = config.head_dim
-        self.precision = dtypes.precision.name.lower()
+        self.precision = dtypes.precision
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, cos: jax.Array, sin: jax.Array, dropout_key=None):
         return self.attend(x, mask, cos, sin, dropout_key)[0]
 
-    def attend(self, x, mask, cos, sin, dropout_key=None, place=None) -> tuple[jax.Array, KeyValues]:
-        """The block's output, (B, T, D), and the keys and values that were attended to, (B, S, K, H).
+    def attend(self, x, mask, cos, sin, dropout_key=None, cached=None) -> tuple[jax.Array, KeyValues]:
+        """The block's output, (B, T, D), and the keys and values of its positions.
 
         Args:
-          place: KeyValues of these T positions -> of all S; by default these are all there are.
+          cached: KeyValues of other positions that are attended to as well, and which of them are seen (B, 1, 1, S).
         """
         split = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         keys = dict(zip("qkvogud", split, strict=True))
@@ -212,14 +205,17 @@ class Block(nnx.Module):
         q = apply_rope(split_heads(self.q_proj(normed, keys["q"])), cos, sin)  # (B, T, N, H)
         k = apply_rope(split_heads(self.k_proj(normed, keys["k"])), cos, sin)  # (B, T, K, H)
         v = split_heads(self.v_proj(normed, keys["v"]))  # (B, T, K, H)
-        seen = KeyValues(k, v) if place is None else place(KeyValues(k, v))  # (B, S, K, H)
-        attended = attend(q, *seen, mask, self.precision)  # (B, T, N, H)
+        here = heads_first(k, v)
+        if cached is None:
+            attended = attend(q, k, v, mask, self.precision)  # (B, T, N, H)
+        else:
+            attended = attend_parts(q, [cached, (here, mask)], self.precision)
         attended = attended.reshape(*x.shape[:2], -1)  # (B, T, N H)
         x = constrain(x + self.o_proj(attended, keys["o"]), "batch", "length", None)
 
         normed = self.mlp_norm(x)
         hidden = jax.nn.silu(self.gate_proj(normed, keys["g"])) * self.up_proj(normed, keys["u"])  # (B, T, F)
-        return constrain(x + self.down_proj(hidden, keys["d"]), "batch", "length", None), seen  # (B, T, D)
+        return constrain(x + self.down_proj(hidden, keys["d"]), "batch", "length", None), here  # (B, T, D)
 
 
 class Transformer(nnx.Module):
@@ -326,7 +322,7 @@ class Transformer(nnx.Module):
           tokens: (B, T) int32, of every position, or of `positions`.
           attention_mask: (B, S) bool, of every position.
           positions: (B, T) int32 in [0, S), or beyond: those stand for nothing.
-          cache: keys and values as an earlier call returned them, (L, B, S, K, H), or a list of those of each layer.
+          cache: keys and values as an earlier call returned them, with an L axis, or a list of those of each layer.
           layers: what `layers_apart` returned.
         Returns:
           Output of the final norm (B, T, D), and the cache; None where one was given.
@@ -335,26 +331,21 @@ class Transformer(nnx.Module):
             raise ValueError(f"a {self.config.family} model is causal; caches of denoising are for models that are not")
         x, context = self.enter(tokens, attention_mask if cache is None else None, positions)
         if cache is not None:
-            context = context._replace(full_mask=attention_masks(self.config, attention_mask, tokens.shape[1])[0])
-            # Which of `positions` each cached place now holds: read from there, since XLA scatters one by one on a CPU.
-            num_cached = jax.tree.leaves(cache)[0].shape[-3]  # S
-            is_at = positions[:, None, :] == jnp.arange(num_cached)[:, None]  # (B, S, T)
-            is_new = jnp.any(is_at, axis=2)[..., None, None]
-            place_of = jnp.argmax(is_at, axis=2)[..., None, None]  # (B, S, 1, 1)
+            num_cached = (cache[0] if isinstance(cache, list) else cache).keys.shape[-1]  # S
+            is_seen = jnp.ones((len(tokens), num_cached)) if attention_mask is None else attention_mask
+            is_seen = is_seen.astype(bool)
+            is_replaced = jnp.any(positions[:, None, :] == jnp.arange(num_cached)[:, None], axis=2)  # (B, S)
+            is_real = jnp.take_along_axis(is_seen, positions, axis=1, mode="fill", fill_value=False)  # (B, T)
+            context = context._replace(full_mask=is_real[:, None, None])
+            still_seen = (is_seen & ~is_replaced)[:, None, None]  # (B, 1, 1, S)
         graphdef, stack = self.layer_stack()
 
         def apply_block(x, layer):
             (state, _), past = layer
-
-            def place(new: KeyValues) -> KeyValues:
-                moved = jax.tree.map(lambda new: jnp.take_along_axis(new, place_of, axis=1), new)
-                return jax.tree.map(lambda old, new: jnp.where(is_new, new, old), past, moved)
-
+            cached = None if past is None else (past, still_seen)
             block = nnx.merge(graphdef, state)
-            x, seen = block.attend(
-                x, context.full_mask, context.cos, context.sin, place=None if past is None else place
-            )
-            return x, seen if past is None else None
+            x, here = block.attend(x, context.full_mask, context.cos, context.sin, cached=cached)
+            return x, here if past is None else None
 
         x, kept = _walk(apply_block, x, layers or stack, cache)
         return self.final_norm(x), kept
