@@ -170,14 +170,13 @@ def propose(
         logits = logits / config.temperature
     if is_dream:
         logits = orders.truncate(logits, config.top_p, config.top_k)
-    choosable = logits.at[..., mask_id].set(-jnp.inf)
+    never = [mask_id]
     if config.ban_eos:
-        for token_id in sorted({eos_id, refusal_id}):
-            choosable = choosable.at[..., token_id].set(-jnp.inf)
+        never += [eos_id, refusal_id]
     if config.ban_eot:
-        choosable = choosable.at[..., config.eot_id].set(-jnp.inf)
+        never += [config.eot_id]
     noise = 1.0 if is_dream and config.temperature > 0 else config.temperature
-    tokens = orders.gumbel_argmax(choosable, token_uniforms, noise)
+    tokens = orders.gumbel_argmax(logits, token_uniforms, noise, never)
     if config.confidence_eos_eot_inf:
         logits = logits.at[..., jnp.array([eos_id, config.eot_id])].set(-jnp.inf)
     confidence = orders.token_probability(logits, tokens)
@@ -370,7 +369,7 @@ def decode_block(graphdef, state, layers, rows: Rows, draws: Draws, *, plan: Pla
     start = rows.tokens.shape[1] - (plan.num_blocks - rows.current) * block_length  # (B,)
 
     tokens, attention_mask = model_inputs(rows, mask_id, plan)
-    hidden, cache = model.cached_hidden_states(tokens, attention_mask, layers=layers)  # (B, T, D), (B, T, K, H) a layer
+    hidden, cache = model.cached_hidden_states(tokens, attention_mask, layers=layers)  # (B, T, D)
     offset = jnp.zeros_like(start)
     rows = reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan, is_cache_pass=True)
 

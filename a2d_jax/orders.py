@@ -5,12 +5,17 @@ the logits, and confidence comes from the plain softmax. "dream": the number rev
 to eps, temperature and truncation reshape the probabilities, and those are also the confidence.
 """
 
+import functools
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 ORDERS = ("confidence", "margin", "entropy", "left_to_right", "right_to_left", "random")
 METHODS = ("llada", "dream")
+CHUNK = 32  # of the vocabulary; of LLaDA's it divides the shares of 2, 4, 8 or 16 chips
 
 
 # -- how many ---------------------------------------------------------------------------------------------------------
@@ -32,21 +37,46 @@ def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
 # -- which tokens -----------------------------------------------------------------------------------------------------
 
 
-def argmax(logits: jax.Array) -> jax.Array:
-    """The lowest index of the largest value, (...) int32, of fewer than 2^24 values.
+def _chunks(logits: jax.Array) -> jax.Array:
+    """(..., V) -> (..., V / c, c). What is reduced over c first is read once, and nothing of its size is written."""
+    return logits.reshape(*logits.shape[:-1], -1, math.gcd(logits.shape[-1], CHUNK))
 
-    Two reductions of float32 numbers, which XLA vectorises on a CPU, as it does not its own argmax.
+
+def argmax(logits: jax.Array, never: Sequence[int] = ()) -> jax.Array:
+    """The lowest index of the largest value, (...) int32; the indices in `never` do not count.
+
+    The largest value of each chunk, then its place within the best chunk. A copy of the logits without `never` would
+    take longer than that, and so do XLA's argmax on a CPU, and a comparison of all with the largest.
     """
-    index = jax.lax.broadcasted_iota(jnp.float32, logits.shape, logits.ndim - 1)  # whole numbers, exact below 2^24
-    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return -jnp.max(jnp.where(is_largest, -index, 1 - logits.shape[-1]), axis=-1).astype(jnp.int32)
+
+    def counted(values, index):  # `never` is applied to a few chunks, not to all of the logits
+        return functools.reduce(lambda x, out: jnp.where(index == out, -jnp.inf, x), never, values)
+
+    chunks = _chunks(logits)  # (..., V / c, c)
+    size = chunks.shape[-1]
+    within = jnp.arange(size)
+    largest = jnp.max(chunks, axis=-1)  # (..., V / c)
+    for number in sorted({index // size for index in never}):
+        of_chunk = counted(chunks[..., number, :], number * size + within)
+        largest = largest.at[..., number].set(jnp.max(of_chunk, axis=-1))
+    best = jnp.argmax(largest, axis=-1, keepdims=True)  # (..., 1)
+    values = jnp.take_along_axis(chunks, best[..., None], axis=-2)[..., 0, :]  # (..., c)
+    values = counted(values, best * size + within)
+    return (best[..., 0] * size + jnp.argmax(values, axis=-1)).astype(jnp.int32)
 
 
-def gumbel_argmax(logits: jax.Array, uniforms: jax.Array | None, temperature: float) -> jax.Array:
+def log_normaliser(logits: jax.Array) -> jax.Array:
+    """log sum exp over the vocabulary, (...), chunk by chunk and then over the chunks."""
+    return jax.nn.logsumexp(jax.nn.logsumexp(_chunks(logits), axis=-1), axis=-1)
+
+
+def gumbel_argmax(
+    logits: jax.Array, uniforms: jax.Array | None, temperature: float, never: Sequence[int] = ()
+) -> jax.Array:
     """Token of each position: argmax of logits - T log(-log u), which is LLaDA's exp(logits) / (-log u)^T."""
     if temperature > 0:
         logits = logits - temperature * jnp.log(-jnp.log(uniforms))
-    return argmax(logits)  # (B, C)
+    return argmax(logits, never)  # (B, C)
 
 
 def _lowest_cutoff(logits: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
@@ -88,7 +118,7 @@ def truncate(logits: jax.Array, top_p: float | None, top_k: int | None) -> jax.A
 def token_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """softmax(logits)[token] at each position, (B, C) float32, without the softmax of the other tokens."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    return jnp.exp(chosen - log_normaliser(logits))
 
 
 def order_scores(
@@ -108,10 +138,10 @@ def order_scores(
         index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         is_top = index == argmax(logits)[..., None]
         second = jnp.max(jnp.where(is_top, -jnp.inf, logits), axis=-1)
-        norm = jax.nn.logsumexp(logits, axis=-1)
+        norm = log_normaliser(logits)
         return jnp.exp(jnp.max(logits, axis=-1) - norm) - jnp.exp(second - norm)
     if order == "entropy":  # minus the entropy: the most certain first
-        probs = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        probs = jnp.exp(logits - log_normaliser(logits)[..., None])
         return jnp.sum(probs * jnp.log(probs + 1e-10), axis=-1)
     if order == "random":
         return uniforms

@@ -185,6 +185,27 @@ def test_truncation_by_hand():
     assert kept(top_p=0.01, top_k=None) == [True, False, False, False]
 
 
+@pytest.mark.parametrize("size", [1, 7, 96, 1000])
+def test_argmax_is_numpys_without_what_is_never_written(size):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(0, 4, (50, size)).astype(np.float32)  # ties everywhere: the lowest index counts
+    np.testing.assert_array_equal(orders.argmax(logits), logits.argmax(axis=1))
+    never = sorted({0, size // 2, size - 1})
+    if size > len(never):
+        kept = logits.copy()
+        kept[:, never] = -np.inf
+        np.testing.assert_array_equal(orders.argmax(logits, never), kept.argmax(axis=1))
+    largest_is_out = np.where(np.arange(size) == size - 1, 9, logits)
+    np.testing.assert_array_equal(orders.argmax(largest_is_out), size - 1)
+
+
+def test_the_normaliser_is_that_of_the_whole_vocabulary():
+    logits = np.random.default_rng(0).normal(size=(20, 96)).astype(np.float32) * 30
+    logits[:, :40] = -np.inf  # a chunk that holds nothing, as truncation leaves them
+    exact = np.log(np.sum(np.exp(logits.astype(np.float64)), axis=1))
+    np.testing.assert_allclose(orders.log_normaliser(logits), exact, rtol=1e-6)
+
+
 def test_gumbel_noise_does_not_overflow_and_draws_the_softmax():
     logits = jnp.array([200.0, 200.0 + np.log(3.0), -100.0])
     uniforms = jax.random.uniform(jax.random.key(0), (20_000, 3), minval=1e-30)
