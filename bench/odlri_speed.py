@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -41,6 +42,7 @@ _OUT = flags.DEFINE_string("out", "bench_out/odlri_speed", "folder to write")
 _SMOLLM2 = flags.DEFINE_string("smollm2", None, "Hugging Face folder of bench.smollm2", required=True)
 _MOMENTS = flags.DEFINE_string("moments", None, "its calibration: OUT/moments of bench.odlri_study", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timings; the median counts", lower_bound=1)
+_INITS = flags.DEFINE_list("inits", ["zero", "svd", "odlri", "auto"], "starts of the whole runs")
 _PARTS = flags.DEFINE_list("parts", ["whole", "growth"], "what to measure")
 
 
@@ -57,12 +59,12 @@ def timed(w, h, config: DecomposeConfig, repeats: int):
     return result, first, statistics.median(seconds)
 
 
-def whole_runs(smollm2: str, moments: str, repeats: int) -> list[dict]:
+def whole_runs(smollm2: str, moments: str, inits: Sequence[str], repeats: int) -> list[dict]:
     w = SafetensorsFolder(smollm2).read(f"model.layers.{LAYER}.mlp.{PROJECTION}.weight")
     h = Calibration(moments).second_moment(PROJECTION, LAYER)
     records = []
     for lr_bits, recorded in RECORDED_SECONDS.items():
-        for init in ("zero", "svd", "odlri", "auto"):
+        for init in inits:
             config = DecomposeConfig(rank=32, init=init, lr_bits=lr_bits, outer_iters=15, inner_iters=10, tune_iters=10)
             start = time.monotonic()
             result, first, seconds = timed(w, h, config, repeats)
@@ -99,7 +101,7 @@ def main(_) -> None:
     out.mkdir(parents=True, exist_ok=True)
     result: dict = {"devices": jax.device_count(), "repeats": repeats}
     if "whole" in _PARTS.value:
-        result["whole"] = whole_runs(_SMOLLM2.value, _MOMENTS.value, repeats)
+        result["whole"] = whole_runs(_SMOLLM2.value, _MOMENTS.value, _INITS.value, repeats)
         write_json(out / "speed.json", result)
     if "growth" in _PARTS.value:
         result["growth"] = measure_growth(functools.partial(iteration_seconds, repeats=repeats), GROWTH, FIXED)
