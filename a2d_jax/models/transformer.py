@@ -332,8 +332,9 @@ class Transformer(nnx.Module):
         x, context = self.enter(tokens, attention_mask if cache is None else None, positions)
         if cache is not None:
             num_cached = (cache[0] if isinstance(cache, list) else cache).keys.shape[-1]  # S
-            is_seen = jnp.ones((len(tokens), num_cached)) if attention_mask is None else attention_mask
-            is_seen = is_seen.astype(bool)
+            is_seen = jnp.ones((len(tokens), num_cached), bool)
+            if attention_mask is not None:
+                is_seen = attention_mask.astype(bool)
             is_replaced = jnp.any(positions[:, None, :] == jnp.arange(num_cached)[:, None], axis=2)  # (B, S)
             is_real = jnp.take_along_axis(is_seen, positions, axis=1, mode="fill", fill_value=False)  # (B, T)
             context = context._replace(full_mask=is_real[:, None, None])
