@@ -122,6 +122,25 @@ def test_guidance_works_with_a_cache(models):
     assert not (tokens == models["llada"].config.mask_id).any()
 
 
+def test_positions_replace_their_places_in_the_cache_and_those_behind_the_text_stand_for_nothing(models):
+    model = models["llada"]
+    old, new = np.arange(2, 14)[None], np.arange(20, 32)[None]
+    mask = np.arange(12)[None] >= 2  # padding in front
+    _, cache = model.cached_hidden_states(jnp.asarray(old), jnp.asarray(mask))
+
+    def again(tokens, positions):
+        return model.cached_hidden_states(
+            jnp.asarray(tokens), jnp.asarray(mask), positions=jnp.asarray(positions), cache=cache
+        )[0]
+
+    everything = np.arange(12)[None]
+    expected = model.hidden_states(jnp.asarray(new), jnp.asarray(mask))  # nothing of the cache is left
+    np.testing.assert_allclose(again(new, everything)[:, 2:], expected[:, 2:], atol=1e-4)
+    inside = again(new[:, 8:], everything[:, 8:])
+    behind = again(np.append(new[:, 8:], [[5, 6]], axis=1), np.arange(8, 14)[None])
+    np.testing.assert_allclose(behind[:, :4], inside, atol=1e-5)
+
+
 def test_threshold_by_hand():
     confidence = jnp.array([[0.2, 0.9, 0.5, 0.95], [0.2, 0.3, 0.1, 0.0]])
     is_candidate = jnp.array([[True, True, True, False], [True, True, True, True]])
