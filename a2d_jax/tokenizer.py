@@ -12,14 +12,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from jinja2 import TemplateError
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from a2d_jax.config import ModelConfig, load_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # How Qwen2 cuts text before byte-level BPE; vocab.json and merges.txt do not carry it (transformers, Qwen2Tokenizer).
 _QWEN2_PATTERN = (
@@ -42,7 +44,7 @@ class Tokenizer:
     eos_id). `<mask:N>` in a text stands for N mask ids where a method says so.
     """
 
-    hf: PreTrainedTokenizerFast
+    hf: "PreTrainedTokenizerFast"
     eos_id: int
     pad_id: int
     bos_id: int | None
@@ -180,7 +182,10 @@ def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tok
     return tokenizer
 
 
-def _build(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+def _build(folder: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+    # Only here: where PyTorch is installed transformers imports it, which takes longer than all the rest.
+    from transformers import PreTrainedTokenizerFast
+
     if (folder / "tokenizer.json").is_file():
         backend = _read_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -248,7 +253,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], 
             )
 
 
-def _with_special_ids(hf: PreTrainedTokenizerFast, config: ModelConfig | None, folder: Path) -> Tokenizer:
+def _with_special_ids(hf: "PreTrainedTokenizerFast", config: ModelConfig | None, folder: Path) -> Tokenizer:
     vocabulary = hf.get_vocab()
     tokens = {i: token for token, i in vocabulary.items()}
     if config is not None and max(tokens) >= config.vocab_size:

@@ -309,6 +309,12 @@ def test_each_tensor_goes_straight_onto_its_shards():
     np.testing.assert_allclose(model(tokens), plain(tokens), atol=ATOL)
 
 
+def test_weights_load_without_waiting_for_pytorch():
+    load = f"import a2d_jax, sys; a2d_jax.load_pretrained({str(FIXTURES / 'llada_tiny')!r})"
+    code = f"{load}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
 def test_programs_convert_and_export_a_folder(tmp_path):
     root = Path(__file__).parents[1]
 
