@@ -2,14 +2,15 @@
 
     python -m bench.smollm2 --target SMOLLM2
     python -m bench.odlri_study --out bench_out/odlri --smollm2 SMOLLM2 --text WIKITEXT_TEST \\
-        --calibration_text WIKITEXT_VALID [--full]
+        --calibration_text WIKITEXT_VALID [--full] [--num_seeds 3]
 
 Every row compresses all 210 linear layers (2-bit Q) and measures perplexity on the packed checkpoint. The whole table
-takes 3 outer iterations without sweeps; --full adds the rank 32 rows once more with 15 iterations of 10 sweeps.
+takes 3 outer iterations without sweeps; --full adds the rank 32 rows once more with 15 iterations of 10 sweeps, and
+--num_seeds makes the short ones of rank 32 with further seeds, which tell how much of a perplexity is chance.
 Without the two texts, prose that every CPython ships stands in for them. Run again, it continues: finished rows are
 kept (OUT/rows/NAME.json), and the row that was cut off goes on where its compression stopped.
 
-    OUT/study.json, study.md     one record and one line a row
+    OUT/study.json, study.md     one record and one line a row; what differs between seeds
     OUT/starts.png               error by start, a panel for each setting
     OUT/num_outliers.png, .json     layer 15: error of the odlri start against k, with zero and svd
     OUT/strong_outliers.png, .json  the same where the inputs of its 8 largest channels are 30 times as large, as large
@@ -46,7 +47,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 
 STARTS = ("zero", "svd", "odlri", "auto")
-NUM_OUTLIERS = 8
+NUM_OUTLIERS, MAX_SEEDS = 8, 10
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 64, 512
 _SETTINGS = ("init", "rank", "lr_bits", "outer_iters", "inner_iters", "tune_iters", "published")
 CONTEXT_LENGTH, MAX_WINDOWS, COMPARED_TOKENS = 2048, 8, 256
@@ -59,22 +60,35 @@ _SMOLLM2 = flags.DEFINE_string("smollm2", None, "Hugging Face folder of bench.sm
 _TEXT = flags.DEFINE_string("text", None, "text of the perplexity; default: half of CPython's own prose")
 _CALIBRATION_TEXT = flags.DEFINE_string("calibration_text", None, "text of the calibration; default: the other half")
 _FULL = flags.DEFINE_bool("full", False, "also the rank 32 rows with 15 iterations of 10 sweeps")
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "seeds of the rank 32 rows of 3 iterations", 1, MAX_SEEDS)
 _ONLY = flags.DEFINE_list("only", None, "names of the rows to make now, or of the sweeps; default: everything")
 
 
-def table_rows(is_full: bool) -> dict[str, DecomposeConfig]:
-    """Row name -> its settings: the whole table, the published rounding beside ours, then the long rows."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: how each matrix is decomposed, and the seed of its random numbers."""
+
+    decompose: DecomposeConfig
+    seed: int = 0
+
+
+def table_rows(is_full: bool, num_seeds: int) -> dict[str, Row]:
+    """Row name -> the row: the whole table, the published rounding beside ours, further seeds, then the long rows."""
     rows = {}
     for rank, lr_bits, init in itertools.product((32, 64), (16, 4), STARTS):
         rows[f"r{rank}_lr{lr_bits}_{init}"] = DecomposeConfig(
             rank=rank, lr_bits=lr_bits, init=init, num_outliers=NUM_OUTLIERS, outer_iters=3, tune_iters=0
         )
+    short = {name: config for name, config in rows.items() if config.rank == 32}
     for name in ("r32_lr16_svd", "r32_lr4_svd"):
         rows[f"{name}_published"] = dataclasses.replace(rows[name], published=True)
+    result = {name: Row(config) for name, config in rows.items()}
+    for seed in range(1, num_seeds):
+        result |= {f"{name}_seed{seed}": Row(config, seed) for name, config in short.items()}
     if is_full:
-        long = {name: row for name, row in rows.items() if row.rank == 32 and not row.published}
-        rows |= {f"{n}_full": dataclasses.replace(row, outer_iters=15, tune_iters=10) for n, row in long.items()}
-    return rows
+        long = {f"{n}_full": dataclasses.replace(c, outer_iters=15, tune_iters=10) for n, c in short.items()}
+        result |= {name: Row(config) for name, config in long.items()}
+    return result
 
 
 def prose(out: Path) -> tuple[Path, Path]:
@@ -119,16 +133,20 @@ def packed_against_dense(folder: Path, tokens: np.ndarray) -> float:
     return float(np.max(np.abs(logits[0] - logits[1])))
 
 
-def compressed_row(name: str, row: DecomposeConfig, smollm2: str, moments: Path, out: Path, tokens: np.ndarray):
+def compressed_row(name: str, row: Row, smollm2: str, moments: Path, out: Path, tokens: np.ndarray):
     """Compresses into a folder of the row, measures, and keeps the report alone."""
     folder = out / "packed" / name
-    report = compress.run(compress.CompressConfig(smollm2, str(moments), str(folder), row, layers_per_group=1))
+    config = compress.CompressConfig(
+        smollm2, str(moments), str(folder), row.decompose, layers_per_group=1, seed=row.seed
+    )
+    report = compress.run(config)
     matrices = report["matrices"]
     starts = [matrix["init"] + (f" k={k}" if (k := matrix["num_outliers"]) else "") for matrix in matrices]
     of_kind = {p: [m["error"] for m in matrices if m["projection"] == p] for p in {m["projection"] for m in matrices}}
     record = {
         "name": name,
-        **{key: getattr(row, key) for key in _SETTINGS},
+        **{key: getattr(row.decompose, key) for key in _SETTINGS},
+        "seed": row.seed,
         "bits_per_weight": report["summary"]["bits_per_weight"],
         "file_bits_per_weight": report["summary"]["file_bits_per_weight"],
         "mean_error": report["summary"]["mean_error"],
@@ -219,26 +237,51 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         settings = f"{record['rank']} | {record['lr_bits']}-bit | {record['outer_iters']} x {record['tune_iters']}"
         numbers = f"{record['bits_per_weight']:.3f} | {record['mean_error']:.4f} | {record['perplexity']:.2f}"
         init = record["init"] + (", as published" if record.get("published") else "")
+        init += f", seed {record['seed']}" if record.get("seed") else ""
         lines.append(f"| {settings} | {init} | {numbers} | {record['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
+def perplexities(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, int], dict[str, list[float]]]:
+    """(rank, bits of the factors, iterations) -> start -> perplexity of every seed, of the rows not as published."""
+    result: dict[tuple[int, int, int], dict[str, list[float]]] = {}
+    for r in records:
+        if r["name"] != "dense" and not r.get("published"):
+            of_start = result.setdefault((r["rank"], r["lr_bits"], r["outer_iters"]), {})
+            of_start.setdefault(r["init"], []).append(r["perplexity"])
+    return result
+
+
+def seeds_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexity over seeds, a line for each start that has several."""
+    lines = [
+        "| rank | factors | iterations | start | seeds | mean perplexity | lowest | highest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (rank, bits, iterations), of_start in perplexities(records).items():
+        for init, values in of_start.items():
+            if len(values) > 1:
+                spread = f"{np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f}"
+                lines.append(f"| {rank} | {bits}-bit | {iterations} | {init} | {len(values)} | {spread} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def plot_starts(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Perplexity of every start, a group of bars for each setting."""
-    rows = [record for record in records if record["name"] != "dense" and not record.get("published")]
-    settings = list(dict.fromkeys((r["rank"], r["lr_bits"], r["outer_iters"]) for r in rows))
-    figure, axes = plt.subplots(figsize=(max(6, 1.8 * len(settings)), 4.5))
+    """Perplexity of every start, a group of bars for each setting: means over seeds, each seed a dot."""
+    by_setting = perplexities(records)
+    figure, axes = plt.subplots(figsize=(max(6, 1.8 * len(by_setting)), 4.5))
     for i, init in enumerate(STARTS):
-        of_start = {(r["rank"], r["lr_bits"], r["outer_iters"]): r["perplexity"] for r in rows if r["init"] == init}
-        places = [place for place, setting in enumerate(settings) if setting in of_start]
-        if not places:
-            continue
-        axes.bar([place + 0.2 * i - 0.3 for place in places], [of_start[settings[p]] for p in places], 0.19, label=init)
+        values = {place: v for place, v in enumerate(map(lambda x: x.get(init), by_setting.values())) if v}
+        places = [place + 0.2 * i - 0.3 for place in values]
+        axes.bar(places, [np.mean(v) for v in values.values()], 0.19, label=init)
+        for place, seeds in zip(places, values.values(), strict=True):
+            if len(seeds) > 1:
+                axes.plot([place] * len(seeds), seeds, "k.", markersize=4)
     dense = next((record["perplexity"] for record in records if record["name"] == "dense"), None)
     if dense is not None:
         axes.axhline(dense, color="black", linewidth=0.8, label="dense")
-    axes.set_xlim(-0.6, len(settings) - 0.4)
-    axes.set_xticks(range(len(settings)), [f"rank {r}, {b}-bit\n{t} iterations" for r, b, t in settings])
+    axes.set_xlim(-0.6, len(by_setting) - 0.4)
+    axes.set_xticks(range(len(by_setting)), [f"rank {r}, {b}-bit\n{t} iterations" for r, b, t in by_setting])
     axes.set_ylabel(f"perplexity, {MAX_WINDOWS} windows of {CONTEXT_LENGTH}")
     axes.legend(ncols=5, fontsize="small")
     save_figure(figure, path)
@@ -249,7 +292,8 @@ def write_tables(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -
     files = [out / "rows" / f"{name}.json" for name in ["dense", *names]]
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     write_json(out / "study.json", {"settings": dict(settings), "rows": records})
-    write_beside(out / "study.md", lambda file: file.write(markdown(records).encode()))
+    text = "\n".join(part for part in (markdown(records), seeds_markdown(records)) if part)
+    write_beside(out / "study.md", lambda file: file.write(text.encode()))
     if len(records) > 1:
         plot_starts(out / "starts.png", records)
     return records
@@ -275,7 +319,7 @@ def main(_) -> None:
     calibration_text, text = (Path(_CALIBRATION_TEXT.value), Path(_TEXT.value)) if _TEXT.value else prose(out)
     settings = study_settings(smollm2, text, calibration_text)
     claim_folder(out, settings)
-    rows = table_rows(_FULL.value)
+    rows = table_rows(_FULL.value, _NUM_SEEDS.value)
     wanted = _ONLY.value or ["dense", *rows, *SWEEPS]
     unknown = sorted(set(wanted) - {"dense", *SWEEPS, *rows})
     if unknown:
@@ -307,11 +351,11 @@ def main(_) -> None:
             write_json(out / "rows" / "dense.json", dense_row(smollm2, tokens))
         else:
             compressed_row(name, rows[name], smollm2, moments, out, tokens)
-        write_tables(out, list(table_rows(True)), settings)
+        write_tables(out, list(table_rows(True, MAX_SEEDS)), settings)
         elapsed = time.monotonic() - start
         eta = time.strftime("%H:%M:%S", time.gmtime(elapsed / (i + 1) * (len(todo) - i - 1)))
         print(f"{name} done, {i + 1}/{len(todo)}, ETA {eta}", flush=True)
-    records = write_tables(out, list(table_rows(True)), settings)
+    records = write_tables(out, list(table_rows(True, MAX_SEEDS)), settings)
     print(markdown(records))
     print(f"{len(records)} rows -> {out / 'study.json'}, {out / 'study.md'}")
 
