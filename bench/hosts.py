@@ -32,7 +32,8 @@ def _run(module: str, arguments: Sequence[str], log: Path, num_devices: int) -> 
     os.dup2(file, 1)
     os.dup2(file, 2)
     jax.config.update("jax_platforms", "cpu")  # the server has imported JAX, which read the environment then
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"  # the last of two settings counts
     warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory):
 
 def run(*arguments):
     command = [sys.executable, "-m", "a2d_jax.generate", *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 

@@ -1,6 +1,7 @@
 """The Colab notebooks, run from end to end on settings that only show that every cell works."""
 
 import json
+import os
 from pathlib import Path
 
 import nbclient
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def run_notebook(monkeypatch):
     """`run_notebook(name, **parameters)`: what the notebook prints with other values of its parameters."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1")
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
 
     def run(name: str, **parameters) -> str:

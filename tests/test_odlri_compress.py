@@ -115,6 +115,7 @@ def test_files(finished, checkpoint):
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors(finished).values())
 
 
+@pytest.mark.default_compiler
 def test_matrix_is_what_decompose_gives(finished, checkpoint, calibration):
     """The folder holds, bit for bit, the decomposition of the matrix taken by itself on one device."""
     name = "model.layers.1.mlp.down_proj"
@@ -158,6 +159,7 @@ def test_report(finished):
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.default_compiler
 def test_grouping_and_devices_change_nothing(finished, config):
     other = CompressConfig(config.checkpoint, config.calibration, config.out, SETTINGS, layers_per_group=2)
     compress.run(other)

@@ -116,6 +116,7 @@ def test_a_mesh_and_a_stack_give_the_same_result():
     np.testing.assert_array_equal(alone.errors, on_mesh.errors)
 
 
+@pytest.mark.default_compiler
 def test_a_stack_gives_each_matrix_what_it_gets_alone_on_any_number_of_devices():
     problems = [problem(seed=seed) for seed in range(3)]
     w, h = (np.stack(arrays) for arrays in zip(*problems, strict=True))

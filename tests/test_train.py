@@ -137,7 +137,7 @@ def test_the_command_line_survives_a_kill(base, tmp_path):
         f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({fields!r})\n"
     )
     command = [sys.executable, "-m", "a2d_jax.train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 10/"):  # checkpoints are being written all the time
