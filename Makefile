@@ -21,7 +21,8 @@ demo: .venv/.run-installed
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
-	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true $(BIN)/python -m pytest -q -m default_compiler tests/test_odlri_*.py
+	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true $(BIN)/python -m pytest -q -n 2 --dist loadfile -m default_compiler \
+	    $$(grep -l default_compiler tests/test_*.py)
 
 # What takes longer: whole programs, kills of jobs of several processes, second variants.
 test-slow: .venv/.test-installed

