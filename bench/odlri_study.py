@@ -11,7 +11,7 @@ Without the two texts, prose that every CPython ships stands in for them. Run ag
 kept (OUT/rows/NAME.json), and the row that was cut off goes on where its compression stopped.
 
     OUT/study.json, study.md     one record and one line a row; what differs between seeds
-    OUT/starts.png               error by start, a panel for each setting
+    OUT/starts.png               perplexity by start, a group of bars for each setting
     OUT/num_outliers.png, .json     layer 15: error of the odlri start against k, with zero and svd
     OUT/strong_outliers.png, .json  the same where the inputs of its 8 largest channels are 30 times as large, as large
                                     models have them and this one has not
@@ -271,10 +271,11 @@ def plot_starts(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     by_setting = perplexities(records)
     figure, axes = plt.subplots(figsize=(max(6, 1.8 * len(by_setting)), 4.5))
     for i, init in enumerate(STARTS):
-        values = {place: v for place, v in enumerate(map(lambda x: x.get(init), by_setting.values())) if v}
-        places = [place + 0.2 * i - 0.3 for place in values]
-        axes.bar(places, [np.mean(v) for v in values.values()], 0.19, label=init)
-        for place, seeds in zip(places, values.values(), strict=True):
+        values = {
+            n + 0.2 * i - 0.3: of_start[init] for n, of_start in enumerate(by_setting.values()) if init in of_start
+        }
+        axes.bar(list(values), [np.mean(seeds) for seeds in values.values()], 0.19, label=init)
+        for place, seeds in values.items():
             if len(seeds) > 1:
                 axes.plot([place] * len(seeds), seeds, "k.", markersize=4)
     dense = next((record["perplexity"] for record in records if record["name"] == "dense"), None)
@@ -356,7 +357,7 @@ def main(_) -> None:
         eta = time.strftime("%H:%M:%S", time.gmtime(elapsed / (i + 1) * (len(todo) - i - 1)))
         print(f"{name} done, {i + 1}/{len(todo)}, ETA {eta}", flush=True)
     records = write_tables(out, list(table_rows(True, MAX_SEEDS)), settings)
-    print(markdown(records))
+    print((out / "study.md").read_text(encoding="utf-8"))
     print(f"{len(records)} rows -> {out / 'study.json'}, {out / 'study.md'}")
 
 

@@ -290,7 +290,8 @@ def decompose_stack(
     """Matrices of one shape in one program: W (B, m, n), H (B, n, n), keys (B,). Fields gain a leading B.
 
     The stack is split over all devices of `mesh`, each of which takes its matrices one after the other: memory holds
-    one at work on a device, and a result has the same bits wherever it was computed.
+    one at work on a device, and a result has the same bits wherever it was computed, as XLA compiles by default (with
+    `--xla_cpu_use_fusion_emitters=false` the last bit of a sum can depend on the size of a device's stack).
     """
     w, h = jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)
     h = jnp.stack([check_inputs(*pair, config) for pair in zip(w, h, strict=True)])
