@@ -183,7 +183,7 @@ def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tok
 
 
 def _build(folder: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
-    # Only here: where PyTorch is installed transformers imports it, which takes longer than all the rest.
+    # Only here: where PyTorch is installed transformers imports it, which takes about as long as all the rest.
     from transformers import PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").is_file():

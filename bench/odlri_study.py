@@ -10,7 +10,7 @@ takes 3 outer iterations without sweeps; --full adds the rank 32 rows once more 
 Without the two texts, prose that every CPython ships stands in for them. Run again, it continues: finished rows are
 kept (OUT/rows/NAME.json), and the row that was cut off goes on where its compression stopped.
 
-    OUT/study.json, study.md     one record and one line a row; what differs between seeds
+    OUT/study.json, study.md     one record and one line a row; perplexities over seeds
     OUT/starts.png               perplexity by start, a group of bars for each setting
     OUT/num_outliers.png, .json     layer 15: error of the odlri start against k, with zero and svd
     OUT/strong_outliers.png, .json  the same where the inputs of its 8 largest channels are 30 times as large, as large
