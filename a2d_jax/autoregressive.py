@@ -15,7 +15,7 @@ from flax import nnx
 
 from a2d_jax import orders
 from a2d_jax.sampler_config import SamplerConfig
-from a2d_jax.sharding import mesh_of
+from a2d_jax.sharding import mesh_of, under
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "eos_id"))
@@ -92,8 +92,5 @@ def extend(
         prompt_mask = np.pad(np.asarray(prompt_mask, bool), ((0, 0), (0, gen_length)), constant_values=True)
     run = functools.partial(_extend, config=config, eos_id=eos_id)
     arguments = (*nnx.split(model), tokens, prompt_mask, keys)
-    mesh = mesh_of(model)
-    if mesh is None:
-        return run(*arguments)
-    with jax.set_mesh(mesh):
+    with under(mesh_of(model)):
         return run(*arguments)

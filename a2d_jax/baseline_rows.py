@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from a2d_jax.hf_io import write_beside
+from a2d_jax.files import write_beside
 from a2d_jax.judges import is_refusal
 from a2d_jax.rows import Row, read_rows
 

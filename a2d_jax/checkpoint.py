@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from a2d_jax.hf_io import as_path
+from a2d_jax.files import as_path
 from a2d_jax.training import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import app, flags
 
 from a2d_jax import evaluate
 from a2d_jax.attacks import read_prompts
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.orders import ORDERS
+from a2d_jax.plots import plt, save_figure
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import early_rejection
 from a2d_jax.stages import export, run_command, train
@@ -157,10 +157,7 @@ def table(results: Mapping[str, list[dict]]) -> str:
 
 def plot(results: Mapping[str, list[dict]], path: Path) -> None:
     """Attack success by attack and order; forward passes and over-refusal by threshold."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(ATTACKS) + 1, figsize=(17, 3.8), width_ratios=[1] * len(ATTACKS) + [1.3])
+    figure, axes = plt.subplots(1, len(ATTACKS) + 1, figsize=(17, 3.8), width_ratios=[1] * len(ATTACKS) + [1.3])
     colors = dict(zip(MODELS, ("#777777", "#d98c21", "#2266aa"), strict=True))
     success = {
         (model, name, order, is_banned): [
@@ -190,9 +187,7 @@ def plot(results: Mapping[str, list[dict]], path: Path) -> None:
     refusals.plot(thresholds, [100 * row["over_refusal"] for row in rows], "s--", color="#aa3333")
     refusals.set_ylabel("over-refusal, %", color="#aa3333")
     refusals.set_ylim(-2, 102)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(path, figure, dpi=130)
 
 
 def main(_) -> None:

@@ -34,19 +34,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
 from a2d_jax import orders
 from a2d_jax.batching import DEFAULT_BUCKETS
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import local_path, write_json
 from a2d_jax.models.transformer import Transformer
+from a2d_jax.plots import plt, save_figure
 from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.progress import clock
 from a2d_jax.rows import Row, read_rows
 from a2d_jax.sampling import special_ids
-from a2d_jax.sharding import make_mesh, mesh_of
+from a2d_jax.sharding import make_mesh, mesh_of, under
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
 
 DEPTH_ORDERS = ("left_to_right", "confidence", "random")  # those of the paper; any of `orders.ORDERS` will do
@@ -184,10 +185,7 @@ def measure(
         values, steps = np.full((*is_open.shape, len(DISTANCES)), np.nan), np.full(is_open.shape, -1)
         for step in range(int(sizes.max())):
             arguments = (tokens, noisy_tokens, attention_mask, positions, is_open, uniforms.astype(np.float32))
-            if mesh is not None:
-                with jax.set_mesh(mesh):
-                    chosen, distances, noisy_tokens = _write_token(graphdefs, states, *arguments, order=order)
-            else:
+            with under(mesh):
                 chosen, distances, noisy_tokens = _write_token(graphdefs, states, *arguments, order=order)
             running = np.flatnonzero(is_open.any(axis=1))
             chosen = np.asarray(chosen)[running]
@@ -250,11 +248,8 @@ def table(curves: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def plot(curves: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
     """One panel an order, one line a model: mean KL along the response as it is written."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(order for of_model in curves.values() for order in of_model))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), sharey=True, squeeze=False)
     for axis, order in zip(axes[0], names, strict=True):
         for model, of_model in curves.items():
             if order in of_model:
@@ -264,9 +259,7 @@ def plot(curves: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> N
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("KL(aligned || base), nats")
     axes[0, -1].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(path, figure, dpi=150)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -291,7 +284,7 @@ class DepthConfig:
 
 def run(config: DepthConfig) -> dict[str, Any]:
     """Measures what is not measured yet; writes and returns results.json."""
-    out, started = Path(config.out), time.monotonic()
+    out, started = local_path(config.out), time.monotonic()
     unknown = [order for order in config.orders if order not in orders.ORDERS]
     if unknown or not config.orders:
         raise ValueError(f"orders {unknown or 'are none'}; choose from {orders.ORDERS}.")
@@ -330,7 +323,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
                 measured += batch
                 write_json(files[order], {"settings": settings, "records": measured})
                 rate = (len(measured) - before) / (time.monotonic() - begun)
-                eta = time.strftime("%H:%M:%S", time.gmtime((len(texts) - len(measured)) / rate))
+                eta = clock((len(texts) - len(measured)) / rate)
                 print(f"{name}, {order}: {len(measured)}/{len(texts)} responses, {rate:.2f}/s, ETA {eta}", flush=True)
         curves[name] = {order: summarize(measured) for order, measured in records.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a2d_jax.hf_io import write_beside
+from a2d_jax.files import write_beside
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

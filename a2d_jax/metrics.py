@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from a2d_jax.hf_io import as_path, is_remote, write_beside
+from a2d_jax.files import as_path, is_remote, write_beside
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -5,12 +5,13 @@ Model code names what an axis *means* ("mlp", "heads", ...); `RULES` says which 
 mlp width and vocabulary.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -50,14 +51,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """Names of the mesh axes that a logical axis is split over."""
+    target = RULES[axis] if axis is not None else None
+    return (target,) if isinstance(target, str) else target or ()
+
+
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Mesh axes for an array with these logical axes; a dimension that the mesh does not divide stays whole."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        target = RULES[axis] if axis is not None else None
-        names = (target,) if isinstance(target, str) else target or ()
-        ways = int(np.prod([mesh.shape[name] for name in names]))
-        entries.append(target if ways > 1 and size % ways == 0 else None)
+        ways = int(np.prod([mesh.shape[name] for name in _mesh_axes(axis)]))
+        entries.append(RULES[axis] if ways > 1 and size % ways == 0 else None)
     return PartitionSpec(*entries)
 
 
@@ -82,10 +87,20 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
-def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation is split, where a mesh is in force (`jax.set_mesh`); else does nothing."""
+def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """A context in which programs are traced with the mesh in force; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def mesh_in_force() -> AbstractMesh | None:
+    """The mesh that the program being traced is `under`; None where there is none, or one with other axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    return None if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) else mesh
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation is split, where a mesh is in force; else does nothing."""
+    if (mesh := mesh_in_force()) is None:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes, array.shape, mesh))
 
@@ -98,10 +113,9 @@ def is_for_tpu() -> bool:
 
 def num_shards(axis: str, size: int) -> int:
     """Parts that the mesh in force splits `size` entries of a logical axis into; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    if (mesh := mesh_in_force()) is None:
         return 1
-    ways = int(np.prod([mesh.shape[name] for name in RULES[axis]]))
+    ways = int(np.prod([mesh.shape[name] for name in _mesh_axes(axis)]))
     return ways if size % ways == 0 else 1
 
 

@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
-from a2d_jax.hf_io import write_beside
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from a2d_jax.plots import plt, save_figure
 
 
 class Grid(NamedTuple):
@@ -54,6 +50,4 @@ def plot_grid(path: Path, title: str, grid: Grid) -> None:
     axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=50, ha="right", fontsize=8)
     axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize=8)
     axes.set_title(f"{title}, %", fontsize=10)
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
+    save_figure(path, figure, dpi=130)

@@ -45,7 +45,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from a2d_jax import refusal_token
-from a2d_jax.assembly import assemble, check_mesh, has_reference, with_adapter
+from a2d_jax.assembly import assemble, check_mesh, compares_with_base, has_reference, with_adapter
 from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, read_train_config
 from a2d_jax.config import load_config
 from a2d_jax.data import Batch, make_loader
@@ -59,11 +59,12 @@ from a2d_jax.distributed import (
     place_rows,
     say,
 )
-from a2d_jax.hf_io import as_path, write_json
+from a2d_jax.files import as_path, write_json
 from a2d_jax.metrics import MetricWriter, local_folder
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
 from a2d_jax.pretrained import abstract_base, hf_files, load_base
+from a2d_jax.progress import clock
 from a2d_jax.reference import with_reference
 from a2d_jax.residual import make_residual
 from a2d_jax.settings import RunConfig, check_resumable
@@ -79,12 +80,6 @@ from a2d_jax.training import (
 PROFILE_FOLDER = "profile"
 # Steps that --profile traces: a few after the first, which compile.
 _PROFILED_STEPS = 3, 5  # the first and the last, counted from the first of this start
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def count(tree) -> int:
@@ -238,7 +233,7 @@ def train(
         speed = {"step_seconds": 1 / rate, "tokens_per_second": tokens_per_second, **memory_in_use(mesh.local_devices)}
         flops = [train_flops(model_config, run.lora, num_trained, run.batch_size * n, n) for n in lengths]
         mfu = utilization(sum(flops), seconds, mesh.devices.flat)
-        if run.preference is not None or (run.residual is not None and run.residual.needs_reference):
+        if compares_with_base(run):
             mfu = None  # the passes of a reference are not counted
         if mfu is not None:
             speed["mfu"] = mfu

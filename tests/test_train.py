@@ -22,6 +22,7 @@ import a2d_jax
 from a2d_jax import data
 from a2d_jax import train as train_module
 from a2d_jax.assembly import assemble
+from a2d_jax.export import export
 from a2d_jax.metrics import MetricWriter, read_metrics
 from a2d_jax.pretrained import load_trained
 from a2d_jax.settings import RunConfig, default_config
@@ -227,6 +228,19 @@ def test_a_trained_folder_loads_on_its_own_and_an_adapter_stays_unmerged(base, t
         (tmp_path / "next").rename(tmp_path / f"after_{name}")
 
 
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_an_export_in_float32_keeps_what_the_bases_bfloat16_would_round(base, tmp_path, has_adapter):
+    export(base, tmp_path / "half", dtype="bfloat16")
+    run(make_config(tmp_path / "half", has_adapter, num_steps=1), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "exported", dtype="float32")
+    trained = a2d_jax.merge_adapter(a2d_jax.load_pretrained(tmp_path / "run"))
+    exported = a2d_jax.load_pretrained(tmp_path / "exported")
+    for path in ("blocks.q_proj", "blocks.down_proj"):
+        kernel = trained.projection(path).kernel[...]
+        np.testing.assert_array_equal(exported.projection(path).kernel[...], kernel)
+        assert (kernel != kernel.astype("bfloat16")).any()
+
+
 def test_training_from_scratch_learns_and_needs_no_weights(base, tmp_path):
     folder = tmp_path / "shapes"
     folder.mkdir()
@@ -309,6 +323,8 @@ def test_other_rows_in_the_same_file_are_refused(base, tmp_path):
         ({"data": {"files": ()}}, "config.data.files is empty"),
         ({"model": {"checkpoint": ""}}, "config.model.checkpoint is empty"),
         ({"log_every": 0}, "config.log_every=0; it must be at least 1"),
+        ({"checkpoint_every": 0}, "config.checkpoint_every=0; it must be at least 1"),
+        ({"preference": {}, "residual": {"weight": 1.0}}, "the residual term belongs to the A2D loss; set one of them"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_by_name(base, change, message):
@@ -464,5 +480,10 @@ def test_an_adapter_whose_base_is_gone_says_so(base, tmp_path):
     rows = {"data.files": (str(base / "rows.jsonl"),)}
     run(make_config(tmp_path / "base", has_adapter=True, num_steps=1, **rows), tmp_path / "run")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="no folder .*/base' with the base model; put it back"):
+    with pytest.raises(ValueError, match="no folder .*/base' with the base model; put it back, or correct model.check"):
         a2d_jax.load_pretrained(tmp_path / "run")
+    settings = tmp_path / "run" / "train_config.json"
+    settings.write_text(settings.read_text().replace(str(tmp_path / "base"), str(tmp_path / "elsewhere")))
+    assert a2d_jax.load_pretrained(tmp_path / "run").lora.rank == 2
+    export(tmp_path / "run", tmp_path / "peft", is_adapter=True, base="org/base")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from a2d_jax.sharding import MESH_AXES, is_for_tpu, partition_spec
+from a2d_jax.sharding import is_for_tpu, mesh_in_force, partition_spec
 
 LANES = 128
 HIDDEN = -1e30  # score of a key that is not seen
@@ -117,8 +117,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, pre
     """
     if not (is_for_tpu() and takes_splash(q, k, mask)):
         return attend_parts(q, [(heads_first(k, v), mask)], precision)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    if (mesh := mesh_in_force()) is None:
         return splash(q, k, v, mask)
     # The compiler cannot split a kernel: each chip is given its rows and heads.
     queries = partition_spec(("batch", None, "heads", None), q.shape, mesh)
