@@ -52,10 +52,14 @@ def with_adapter(model: Transformer, run: RunConfig) -> Transformer:
     return model
 
 
+def compares_with_base(run: RunConfig) -> bool:
+    """Whether the loss also looks at what the weights say that the run started from."""
+    return run.preference is not None or (run.residual is not None and run.residual.needs_reference)
+
+
 def has_reference(run: RunConfig) -> bool:
     """Whether the run keeps a copy of the weights that it started from; under LoRA the frozen base is one."""
-    compares = run.preference is not None or (run.residual is not None and run.residual.needs_reference)
-    return compares and run.lora is None
+    return compares_with_base(run) and run.lora is None
 
 
 def check_mesh(run: RunConfig, config: ModelConfig, mesh: Mesh) -> None:
@@ -102,6 +106,16 @@ def assemble(
     if (name == "causal") != base.config.is_causal:
         kind = "causal" if base.config.is_causal else "masked-diffusion"
         raise ValueError(f"config.objective={name!r} on a {kind} model ({base.config.family}); leave it None.")
+    if name == "causal" and run.refusal_token is not None:
+        raise ValueError(
+            f"config.refusal_token={run.refusal_token!r} with a causal model ({base.config.family}): a causal response "
+            "ends with [EOS] alone; leave it None."
+        )
+    if name == "causal" and run.preference is not None:
+        raise ValueError(
+            f"config.preference with a causal model ({base.config.family}): its loss needs masks; leave it None, or "
+            "take a masked-diffusion model."
+        )
     objective = Objective(
         name,
         mask_id,

@@ -3,7 +3,7 @@
     python -m a2d_jax.convert --source HF_DIR --target DIR
 
 Host memory peaks at the largest tensor plus a constant, not at the checkpoint. With several devices each tensor is
-split over them (`fsdp`), and on several hosts each writes its own part.
+split over them (`fsdp`). One host does it all, into a local folder.
 """
 
 import time

@@ -7,7 +7,6 @@ one by one into a file beside the target, which is renamed when it is complete.
 """
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -21,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig, load_config
-from a2d_jax.models.naming import TensorName, projections, tensor_names
+from a2d_jax.files import local_path, write_beside, write_json
+from a2d_jax.models.naming import FAMILIES, TensorName, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.sharding import param_shardings
 
@@ -50,23 +49,24 @@ _LAYOUT_ORDER = ("I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
 # -- safetensors files ------------------------------------------------------------------------------------------------
 
 
-def inside_folder(folder: Path, name: str) -> Path:
-    """`folder / name`; ValueError where the name leads out of the folder."""
-    # By name alone: in the Hugging Face cache every file is itself a link out of the folder.
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
-        raise ValueError(f"{folder} refers to {name!r}, a path outside the folder; correct the index file.")
-    return folder / name
-
-
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of a sharded checkpoint's index; empty where the folder has none."""
+    """Tensor name -> file name of a sharded checkpoint's index; empty where the folder has none.
+
+    Raises:
+      ValueError: a damaged index, or a file name that leads out of the folder: files are written under these names too.
+    """
     index = folder / INDEX_NAME
     if not index.is_file():
         return {}
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is not a safetensors index with a weight_map ({error!r}).") from error
+    for file in weight_map.values():
+        # By name alone: in the Hugging Face cache every file is itself a link out of the folder.
+        if not isinstance(file, str) or os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == "..":
+            raise ValueError(f"{folder} refers to {file!r}, a path outside the folder; correct the index file.")
+    return weight_map
 
 
 class SafetensorsFolder:
@@ -98,7 +98,7 @@ class SafetensorsFolder:
         if self.weight_map:
             files: dict[Path, list[str]] = {}
             for name, file in self.weight_map.items():
-                files.setdefault(inside_folder(self.folder, file), []).append(name)
+                files.setdefault(self.folder / file, []).append(name)
             return files
         if (self.folder / WEIGHTS_NAME).is_file():
             return {self.folder / WEIGHTS_NAME: []}
@@ -147,44 +147,6 @@ def write_safetensors(
     write_beside(path, write)
 
 
-def as_path(path: str | os.PathLike) -> epath.Path:
-    """The path, absolute; also one of an object store (gs://BUCKET/...), which `pathlib` would mangle."""
-    path = epath.Path(path)
-    return path if is_remote(path) else epath.Path(os.path.abspath(path))
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    return "://" in os.fspath(path)
-
-
-def write_beside(path: str | os.PathLike, write: Callable) -> None:
-    """Calls `write(file)` on a new file beside `path`, then renames it: a full disk never leaves half a file.
-
-    In an object store the file is written at once: it appears whole or not at all.
-    """
-    if is_remote(path):
-        buffer = io.BytesIO()
-        write(buffer)
-        epath.Path(path).write_bytes(buffer.getvalue())
-        return
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike, value: object) -> None:
-    """Indented JSON, written beside and renamed."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_beside(path, lambda file: file.write(text.encode()))
-
-
 # -- checking names ---------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +157,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wh
     """
     expected = {name.hf_name: name.shape for name in names or tensor_names(config)}
     given = {name: shape for name, shape in shapes.items() if not _IGNORED.search(name)}
+    if names is None and config.tie_embeddings:
+        given.pop(f"{FAMILIES[config.family].lm_head}.weight", None)  # the embedding a second time: `check_tied_head`
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in given]
     problems += [f"extra: {name} {shape}" for name, shape in given.items() if name not in expected]
     problems += [
@@ -206,6 +170,24 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], wh
         raise ValueError(
             f"{where} does not fit its config.json ({config.family}, {len(problems)} tensors differ); "
             "correct the config or the weights:\n  " + "\n  ".join(problems)
+        )
+
+
+def check_tied_head(config: ModelConfig, source: SafetensorsFolder) -> None:
+    """ValueError where a head is tied by the config, and stored all the same with other values than the embedding's."""
+    family = FAMILIES[config.family]
+    head, embed = f"{family.lm_head}.weight", f"{family.embed}.weight"
+    if not config.tie_embeddings or head not in source.shapes:
+        return
+    num_rows, block = config.vocab_size, 4096  # a part at a time: each tensor may be the largest of the folder
+    parts = [(slice(row, min(row + block, num_rows)), slice(None)) for row in range(0, num_rows, block)]
+    is_equal = source.shapes[head] == source.shapes[embed] and all(
+        np.array_equal(source.read(head, part), source.read(embed, part)) for part in parts
+    )
+    if not is_equal:
+        raise ValueError(
+            f"{source.folder}: {head} differs from {embed}, although config.json ties them; correct config.json, or "
+            f"remove {head}."
         )
 
 
@@ -301,6 +283,7 @@ def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none
     config = load_config(folder)
     source = SafetensorsFolder(folder)
     check_tensors(config, source.shapes, folder)
+    check_tied_head(config, source)
     config = dataclasses.replace(config, weight_files=tuple(source.weight_map.items()))
     return load_model(config, mesh, dtypes, remat, lambda name, *where: place_tensor(name, source.read, *where))
 
@@ -345,8 +328,8 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
     """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
 
     Tensors go into the files they were loaded from; with `max_shard_bytes`, or for a model of another origin, into
-    files of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for
-    byte.
+    files of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for byte,
+    if it holds just these tensors, and all of them in that dtype.
 
     Nothing of an earlier checkpoint in the folder is touched before the new one is complete.
 
@@ -390,7 +373,7 @@ def write_checkpoint(
     max_shard_bytes: int | None = None,
     more_json: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a folder of safetensors, their index where there are several, `config.json` and `more_json`.
+    """Writes a folder of safetensors, their index (unless it is all in model.safetensors), `config.json`, `more_json`.
 
     Everything is written into a folder inside and moved when it is complete, `more_json` last.
 
@@ -400,7 +383,7 @@ def write_checkpoint(
       max_shard_bytes: see `save_pretrained`.
       more_json: file name -> content.
     """
-    folder = Path(path)
+    folder = local_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     files = plan_files(config, sizes, max_shard_bytes)
@@ -410,9 +393,10 @@ def write_checkpoint(
     staging.mkdir()
     try:
         for file, names in files.items():
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(staging / file, {name: shapes[name] for name in names}, read, {"format": "pt"})
         written = list(files)
-        if len(files) > 1:
+        if list(files) != [WEIGHTS_NAME]:
             weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(staging / INDEX_NAME, index)
@@ -424,6 +408,7 @@ def write_checkpoint(
             written.append(name)
         stale = [*folder.glob("model*.safetensors"), folder / INDEX_NAME]
         for name in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, folder / name)
         for file in stale:  # weights of an earlier checkpoint would be read instead of, or along with, the new ones
             if file.name not in written:

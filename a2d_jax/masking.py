@@ -75,7 +75,7 @@ def next_tokens(tokens: jax.Array, is_response: jax.Array, is_safe: jax.Array, *
     harmful rows every scored position has the target [EOS], the first one included: the request alone is answered
     with the end, and so is any beginning of a harmful answer.
 
-    Args: as in `corrupt`.
+    Args: as in `corrupt`; `eos_id` is [EOS] itself, which also tells where a response ends.
     """
     is_end = is_response & (tokens == eos_id)
     num_ends_before = jnp.cumsum(is_end, axis=1) - is_end  # (B, T)

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 from orbax.checkpoint.experimental import v1 as ocp
 
 from a2d_jax.config import load_config
+from a2d_jax.files import as_path, local_path
 from a2d_jax.hf_io import (
     SafetensorsFolder,
     abstract_model,
-    as_path,
     check_tensors,
+    check_tied_head,
     layer_sharding,
     load_model,
     place_tensor,
@@ -69,12 +70,13 @@ def convert_folder(
 ) -> Iterator[TensorName]:
     """Writes the Orbax checkpoint of a Hugging Face folder, yielding each tensor's name once it is on disk.
 
-    Tensors keep their stored dtype. On a mesh each process reads and writes its own shards.
+    Tensors keep their stored dtype. On a mesh each is split over the devices.
 
     Raises:
-      ValueError: tensors that do not fit config.json, or a target that already holds a checkpoint.
+      ValueError: tensors that do not fit config.json, a target that already holds a checkpoint, or one of an object
+        store.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source), local_path(target)
     if (target / PARAMS_FOLDER).exists():
         raise ValueError(
             f"{target} already holds a checkpoint; choose another --target or remove {target / PARAMS_FOLDER}."
@@ -82,6 +84,7 @@ def convert_folder(
     config = load_config(source)
     folder = SafetensorsFolder(source)
     check_tensors(config, folder.shapes, source)
+    check_tied_head(config, folder)
     target.mkdir(parents=True, exist_ok=True)
     for leftover in target.glob(f"{PARAMS_FOLDER}.*"):  # of a conversion that was cut off
         shutil.rmtree(leftover)

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's own layout: `adapter_config.json` and `adapter_model.safetensors`, in and out.
 
-Rank, alpha, dropout and targets are kept. An adapter that was read and is saved unchanged comes back byte for byte:
-the names' prefix and the configuration file travel with the model.
+Rank, alpha, dropout and targets are kept. An adapter that was read and is saved unchanged comes back byte for byte, if
+its tensors are float32: the names' prefix and the configuration file travel with the model, numbers as float32.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig
-from a2d_jax.hf_io import write_beside, write_json, write_safetensors
+from a2d_jax.files import local_path, write_beside, write_json
+from a2d_jax.hf_io import write_safetensors
 from a2d_jax.models.lora import LoRAConfig, adaptable, adapted, attach
-from a2d_jax.models.naming import module_names, projections
+from a2d_jax.models.naming import adapter_targets, module_names, projections
 from a2d_jax.models.transformer import Transformer
 
 CONFIG_NAME = "adapter_config.json"
@@ -148,18 +149,21 @@ def save_adapter(model: Transformer, path: str | os.PathLike, base_model_name_or
                 value = variable[...] if our_path == "lm_head" else variable[...][layer]
                 name = f"{prefix}{module}.lora_{half}.weight"
                 shapes[name], readers[name] = (value.shape[::-1], np.dtype(np.float32)), value
-    write_adapter(path, lora, shapes, lambda name: np.asarray(jax.device_get(readers[name])).T, base_model_name_or_path)
+    lora = dataclasses.replace(lora, targets=adapter_targets(model.config, adapted(model)))  # names that PEFT finds
+    read = lambda name: np.asarray(jax.device_get(readers[name])).T  # noqa: E731
+    write_adapter(path, model.config, lora, shapes, read, base_model_name_or_path)
 
 
 def write_adapter(
     path: str | os.PathLike,
+    config: ModelConfig,
     lora: LoRAConfig,
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
     base_model_name_or_path: str | None,
 ) -> None:
-    """Writes a PEFT folder of tensors that come one by one, under PEFT's names."""
-    folder = Path(path)
+    """Writes a PEFT folder of tensors that come one by one, under PEFT's names; `config` is the base model's."""
+    folder = local_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS_NAME, shapes, read, {"format": "pt"})
     if isinstance(lora, PeftConfig) and lora.text:
@@ -168,6 +172,7 @@ def write_adapter(
     settings = {
         "base_model_name_or_path": base_model_name_or_path, "inference_mode": True, "init_lora_weights": True,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "r": lora.rank, "target_modules": sorted(lora.targets),
-        "task_type": "CAUSAL_LM",
+        # PEFT's wrapper for the task asks for `prepare_inputs_for_generation`, which Dream's own class does not define.
+        "task_type": None if config.family == "dream" else "CAUSAL_LM",
     }  # fmt: skip
     write_json(folder / CONFIG_NAME, dict(sorted((_SUPPORTED | settings).items())))

@@ -11,16 +11,19 @@ suffice; so packed checkpoints of `odlri_jax` load and train here although this 
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from a2d_jax.checkpoint import CONFIG_NAME, abstract_arrays, read_train_config, restore_params
 from a2d_jax.config import load_config
+from a2d_jax.distributed import whole
 from a2d_jax.hf_io import abstract_model, load_hf_folder, read_weight_map, shardings_of
 from a2d_jax.models.lora import add_lora, merge_adapter
 from a2d_jax.models.transformer import DTypes, Transformer
@@ -98,7 +101,10 @@ def load_trained(
 def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
     """The weights that training starts from, an adapter of an earlier run merged into them."""
     if not Path(folder).is_dir():
-        raise ValueError(f"no folder {os.fspath(folder)!r} with the base model; put it back, or name where it is now.")
+        raise ValueError(
+            f"no folder {os.fspath(folder)!r} with the base model; put it back, or correct "
+            "model.checkpoint in the run's train_config.json."
+        )
     return merge_adapter(load_pretrained(folder, mesh, dtypes.compute, param_dtype=dtypes.param, remat=remat))
 
 
@@ -121,3 +127,12 @@ def hf_files(path: str | os.PathLike) -> Path:
     """The folder with config.json and the tokenizer of a checkpoint of any kind."""
     inner = Path(path) / HF_FOLDER
     return inner if inner.is_dir() else Path(path)
+
+
+def weights_fingerprint(model: nnx.Module) -> str:
+    """Hash of a few numbers of every parameter: another checkpoint, or a later step of the same, has another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        leaf = jnp.atleast_1d(leaf)  # the scales of a compressed head are scalars
+        digest.update(whole(leaf[(0,) * (leaf.ndim - 1)][:64]).tobytes())
+    return digest.hexdigest()[:16]

@@ -9,11 +9,12 @@ Decoding, monitors and judges read the id from there (`ModelConfig.refusal_id`, 
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from a2d_jax.config import ModelConfig, load_config
-from a2d_jax.hf_io import write_beside, write_json
+from etils import epath
+
+from a2d_jax.config import ModelConfig
+from a2d_jax.files import as_path, write_beside, write_json
 from a2d_jax.tokenizer import Tokenizer
 
 
@@ -48,10 +49,15 @@ def choose(text: str | None, tokenizer: Tokenizer, config: ModelConfig) -> int:
 
 
 def record(folder: str | os.PathLike, text: str, token_id: int, tokenizer: Tokenizer) -> None:
-    """Writes the choice into the folder of a checkpoint's config and tokenizer files; `tokenizer` is as before it."""
-    folder = Path(folder)
-    config_text = load_config(folder).with_refusal_token(token_id).hf_text
-    write_beside(folder / "config.json", lambda file: file.write(config_text.encode()))
+    """Writes the choice into the folder of a checkpoint's config and tokenizer files, which may lie in an object store.
+
+    Args:
+      tokenizer: as before the choice.
+    """
+    folder = as_path(folder)
+    before = (folder / "config.json").read_text(encoding="utf-8")
+    config = ModelConfig.from_hf(json.loads(before), before).with_refusal_token(token_id)
+    write_beside(folder / "config.json", lambda file: file.write(config.hf_text.encode()))
     if token_id < tokenizer.vocab_size:
         return
     settings = _read(folder / "tokenizer_config.json")
@@ -66,5 +72,5 @@ def _added_token(text: str) -> dict[str, Any]:
     return {"content": text} | flags
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -106,11 +106,13 @@ def _wrong_type(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Val
 
 def _parse_category(raw: Mapping[str, Any], where: str) -> Mapping[str, bool] | None:
     category = raw.get("category")
+    if isinstance(category, Mapping):  # in Parquet every row has all names, with null for those that it lacks
+        category = {name: value for name, value in category.items() if value is not None} or None
     if category is None:
         return None
     if not isinstance(category, Mapping) or not all(isinstance(value, bool) for value in category.values()):
         raise ValueError(f"{where}: 'category' must map names to true or false, not {category!r}; or leave it out")
-    return dict(category)
+    return category
 
 
 def read_rows(path: str | os.PathLike) -> RowFile:

@@ -111,8 +111,8 @@ class RunConfig:
         config["files"] = data.pop("files", ())
         for name, part in parts.items():
             if config.get(name) is not None:
-                config[name] = _build(part, config[name], f"config.{name}")
-        run = _build(cls, config, "config")
+                config[name] = build(part, config[name], f"config.{name}")
+        run = build(cls, config, "config")
         run.check()
         return run
 
@@ -137,6 +137,10 @@ class RunConfig:
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.{name}={getattr(self, name)}; it must be at least 1.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(
+                f"config.checkpoint_every={self.checkpoint_every}; it must be at least 1, or None: at the end alone."
+            )
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
                 f"config.batch_size={self.batch_size} does not split into grad_accum_steps={self.grad_accum_steps} "
@@ -149,14 +153,10 @@ class RunConfig:
             )
         if self.preference is not None and self.residual is not None:
             raise ValueError(
-                "config.preference and config.residual: the residual term belongs to the A2D loss; drop one."
+                "config.preference with config.residual: the residual term belongs to the A2D loss; set one of them."
             )
         if self.model.from_scratch and self.preference is not None:
             raise ValueError("config.model.from_scratch with config.preference: random weights prefer nothing.")
-        if self.preference is not None and self.residual is not None:
-            raise ValueError(
-                "config.residual with config.preference: the term is one of the A2D loss; set one of them."
-            )
         if self.model.from_scratch and self.residual is not None and self.residual.needs_reference:
             raise ValueError(
                 "config.residual.target='base' with config.model.from_scratch: there is no base; train one."
@@ -234,9 +234,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    names = [field.name for field in dataclasses.fields(cls)]
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """The dataclass `cls` of these fields; ValueError names unknown and missing ones.
+
+    where: what the values are called in the message, "config.optimizer".
+    """
+    fields = dataclasses.fields(cls)
+    names = [field.name for field in fields]
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{where} has no field {', '.join(map(repr, unknown))}; known: {names}.")
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}; needed: {needed}.")
     return cls(**values)

@@ -16,6 +16,7 @@ from a2d_jax.evaluate import EvaluationConfig, run
 from a2d_jax.losses import align_logits, position_weights
 from a2d_jax.masking import next_tokens
 from a2d_jax.metrics import read_metrics
+from a2d_jax.preference import PreferenceConfig
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.train import train
@@ -162,10 +163,18 @@ def test_a_causal_model_learns_to_stop_behind_any_beginning_of_harm(folder, tmp_
         attack(folder, tmp_path / "a2d", "dija", tmp_path / "d1")
 
 
-def test_the_objective_must_be_of_the_models_kind(folder):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "llada"}, "config.objective='llada' on a causal model"),
+        ({"refusal_token": "salt"}, "config.refusal_token='salt' with a causal model"),
+        ({"preference": PreferenceConfig()}, "config.preference with a causal model"),
+    ],
+)
+def test_settings_must_suit_the_models_kind(folder, settings, message):
     model, mesh = a2d_jax.Transformer(a2d_jax.load_config(folder / "model_causal")), a2d_jax.make_mesh()
-    with pytest.raises(ValueError, match="config.objective='llada' on a causal model"):
-        assemble(RunConfig(objective="llada"), model, mesh, 1, None, 0)
+    with pytest.raises(ValueError, match=message):
+        assemble(RunConfig(**settings), model, mesh, 1, None, 0)
 
 
 def test_the_worlds_causal_model_has_the_masked_ones_ids_and_no_mask(tmp_path):

@@ -19,8 +19,10 @@ import transformers
 from flax import nnx
 
 import a2d_jax
+from a2d_jax.export import export
 from a2d_jax.hf_io import SafetensorsFolder, split_into_shards, write_safetensors
 from a2d_jax.models.lora import LoRAConfig, add_lora
+from a2d_jax.models.naming import module_names, projections
 from a2d_jax.orbax_io import convert_folder
 from a2d_jax.pretrained import FORMATS_GROUP, hf_files
 
@@ -82,6 +84,61 @@ def test_a_conversion_that_was_cut_off_is_no_checkpoint_and_can_be_run_again(lla
         a2d_jax.load_pretrained(target)
     assert len(list(convert_folder(llada, target))) == 21
     a2d_jax.load_pretrained(target)
+
+
+def test_weights_in_a_subfolder_are_read_and_written_there(llada, tmp_path):
+    (llada / "sub").mkdir()
+    weights = (llada / "model.safetensors").rename(llada / "sub" / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(safetensors.numpy.load_file(weights), "sub/a.safetensors")}
+    (llada / "model.safetensors.index.json").write_text(json.dumps(index))
+    a2d_jax.save_pretrained(a2d_jax.load_pretrained(llada), tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "a.safetensors").read_bytes() == weights.read_bytes()
+    assert len(SafetensorsFolder(tmp_path / "back").shapes) == 21
+
+
+def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    source, tokens = tmp_path / "tied", np.arange(10)[None]
+    transformers.Qwen2ForCausalLM(config).save_pretrained(source)
+    expected = a2d_jax.load_pretrained(source)(tokens)
+
+    def store_head(shift: float) -> int:
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(shift)
+        safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        return len(tensors)
+
+    num_tensors = store_head(shift=0)
+    np.testing.assert_array_equal(a2d_jax.load_pretrained(source)(tokens), expected)
+    assert len(list(convert_folder(source, tmp_path / "orbax"))) == num_tensors - 1
+    store_head(shift=1)
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        a2d_jax.load_pretrained(source)
+
+
+def test_an_object_store_is_no_place_for_what_we_write_but_training_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = "gs://bucket/out"
+    model = a2d_jax.load_pretrained(FIXTURES / "llada_tiny", adapter=FIXTURES / "llada_lora")
+    for write in (
+        lambda: list(convert_folder(FIXTURES / "llada_tiny", target)),
+        lambda: export(FIXTURES / "llada_tiny", target),
+        lambda: a2d_jax.save_adapter(model, target),
+        lambda: a2d_jax.save_pretrained(a2d_jax.merge_adapter(model), target),
+        lambda: a2d_jax.save_pretrained(model, Path(target)),  # which is gs:/bucket/out
+    ):
+        with pytest.raises(ValueError, match="gs:/+bucket/out lies in an object store.*write to a local folder"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_our_writer_makes_the_librarys_bytes(tmp_path):
@@ -176,6 +233,51 @@ def test_peft_reads_the_adapter_we_write(tmp_path):
     assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 6, 0.05)
 
 
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        ((), ["ff_out", "ff_proj", "k_proj", "q_proj", "up_proj", "v_proj"]),
+        (("gate_proj", "down_proj", "lm_head"), ["ff_out", "ff_proj"]),
+        # "ff_out" would be the head too.
+        (
+            ("q_proj", "down_proj"),
+            [f"model.transformer.blocks.{i}.{name}" for i in (0, 1) for name in ("ff_out", "q_proj")],
+        ),
+    ],
+)
+def test_peft_finds_just_the_modules_that_are_adapted(targets, written, tmp_path):
+    model = a2d_jax.load_pretrained(FIXTURES / "llada_tiny")
+    add_lora(model, LoRAConfig(rank=2, targets=targets), nnx.Rngs(0))
+    a2d_jax.save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == written
+    linears = [module for path in projections(model.config) for module in module_names(model.config, path)]
+    found = {name for name in linears if any(name == target or name.endswith(f".{target}") for target in written)}
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert found == {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
+
+
+def test_peft_opens_an_adapter_of_dream_on_a_class_without_generation(tmp_path):
+    """As Dream's own class is since transformers 4.50."""
+    model = a2d_jax.load_pretrained(FIXTURES / "dream_tiny")
+    add_lora(model, LoRAConfig(rank=2, targets=("q_proj",)), nnx.Rngs(0))
+    a2d_jax.save_adapter(model, tmp_path)
+    theirs = torch.nn.Module()
+    for name in module_names(model.config, "blocks.q_proj"):
+        *parents, last = name.split(".")
+        parent = theirs
+        for part in parents:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, torch.nn.Linear(*model.projection("blocks.q_proj").kernel.shape[1:]))
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    for name, parameter in opened.named_parameters():
+        if "lora_A" in name:
+            np.testing.assert_array_equal(parameter.detach(), tensors[name.replace(".default", "")])
+
+
 def test_lora_dropout_is_off_without_a_key_and_drawn_with_one():
     model = a2d_jax.load_pretrained(FIXTURES / "llada_tiny", adapter=FIXTURES / "llada_lora")
     tokens = np.arange(1, 9)[None]
@@ -255,6 +357,16 @@ def test_an_index_that_leaves_the_folder_is_refused(llada, name):
     (llada / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="outside the folder"):
         a2d_jax.load_pretrained(llada)
+
+
+@pytest.mark.parametrize("name", ["../../outside.safetensors", "/etc/outside.safetensors"])
+def test_the_index_of_a_converted_folder_that_leaves_it_is_refused(tmp_path, name):
+    list(convert_folder(FIXTURES / "llada_tiny_sharded", tmp_path))
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": weight_map | {"model.transformer.wte.weight": name}}))
+    with pytest.raises(ValueError, match="outside the folder"):
+        a2d_jax.load_pretrained(tmp_path)
 
 
 def test_an_index_that_is_wrong_about_a_file_is_refused(tmp_path):

@@ -336,6 +336,14 @@ def test_parquet_and_prepared_set_equal_json_lines(tokenizer, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_names_of_other_rows_categories_are_left_out(tmp_path):
+    """Parquet gives every row all names, with null for those that it lacks."""
+    rows = [ROWS[2] | {"category": category} for category in ({"a": True}, {"b": False}, {}, None)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    categories = [row.category for row in read_rows(tmp_path / "rows.parquet").rows]
+    assert categories == [{"a": True}, {"b": False}, None, None]
+
+
 def test_prepared_set_follows_its_files(tmp_path):
     lines = tmp_path / "rows.jsonl"
     first = safety_rows.prepare([write_lines(lines, ROWS)], tmp_path / "sets")

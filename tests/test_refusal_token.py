@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import fake_gcs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from a2d_jax import refusal_token, world, world_models
 from a2d_jax.completions import blank_text
 from a2d_jax.decoding import propose
 from a2d_jax.masking import corrupt
+from a2d_jax.orbax_io import copy_companions
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.settings import RunConfig, check_resumable, default_config
 from a2d_jax.train import train
@@ -94,6 +97,20 @@ def test_trained_model_keeps_its_new_token(base, tmp_path, has_adapter):
     # The monitor watches it.
     result = a2d_jax.infill(model, tokens, SamplerConfig(steps=1))
     np.testing.assert_allclose(result.eos_prob[0, 0], jax.nn.softmax(model(tokens)[0, len(prompt)])[new_id], rtol=1e-5)
+
+
+def test_choice_is_recorded_in_an_object_store(base, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, folder = fake_gcs.serve(monkeypatch), "gs://bucket/run/hf"
+    copy_companions(base, folder)
+    refusal_token.record(folder, "<|refuse|>", tokenizer.vocab_size, tokenizer)
+    store.shutdown()
+    assert not list(tmp_path.iterdir())  # nothing took the address for a folder here
+    for name, (content, _) in fake_gcs.OBJECTS.items():
+        (tmp_path / Path(name).name).write_bytes(content)
+    recorded = a2d_jax.load_tokenizer(tmp_path)
+    assert recorded.refusal_id == a2d_jax.load_config(tmp_path).refusal_id == tokenizer.vocab_size
+    assert recorded.decode([tokenizer.vocab_size]).strip() == "<|refuse|>"
 
 
 def test_ban_covers_both():

@@ -120,3 +120,12 @@ def module_names(config: ModelConfig, path: str) -> list[str]:
         return [family.lm_head]
     member = family.members[path.removeprefix("blocks.")]
     return [f"{family.block.format(layer=layer)}.{member}" for layer in range(config.num_layers)]
+
+
+def adapter_targets(config: ModelConfig, paths: Sequence[str]) -> tuple[str, ...]:
+    """Names by which PEFT's rule selects just these projections: short ones where that can be, else every module's."""
+    names = projections(config)
+    short = tuple(dict.fromkeys(names[path] for path in paths))
+    if set(adapter_modules(config, short)) == set(paths):
+        return short
+    return tuple(module for path in paths for module in module_names(config, path))
