@@ -9,11 +9,10 @@ from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from a2d_jax.config import CAUSAL_FAMILIES
-from a2d_jax.decoding import Plan, Rows
+from a2d_jax.decoding import Plan, replace_rows
 from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampling import (
     Decoder,
@@ -28,6 +27,14 @@ from a2d_jax.sampling import (
 )
 
 DEFAULT_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+
+
+def buckets_up_to(max_length: int) -> list[int]:
+    """Row lengths to pad to: those of DEFAULT_BUCKETS, the same series on, and `max_length` as the last."""
+    buckets = list(DEFAULT_BUCKETS)
+    while buckets[-1] < max_length:
+        buckets.append(2 * buckets[-2])
+    return [bucket for bucket in buckets if bucket < max_length] + [max_length]
 
 
 class Request(NamedTuple):
@@ -197,7 +204,7 @@ def decode_queue(
                 None if attention_mask is None else attention_mask[chosen],
                 keys[chosen],
             )
-            rows = fresh if rows is None else _replace(rows, fresh, is_new)
+            rows = fresh if rows is None else replace_rows(rows, fresh, is_new)
 
         num_seated = int(np.sum(seats >= 0))
         rows = decoder.advance(rows, num_seated - 1 if num_started < len(tokens) else 0)
@@ -208,11 +215,6 @@ def decode_queue(
                 (int(seats[row]), jax.tree.map(lambda a, row=row: a[row], result)) for row in np.flatnonzero(is_done)
             ]
             seats[is_done] = -1
-
-
-@jax.jit
-def _replace(rows: Rows, fresh: Rows, is_new) -> Rows:
-    return jax.tree.map(lambda old, new: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old), rows, fresh)
 
 
 def _unpad(result: SampleResult, length: int) -> SampleResult:

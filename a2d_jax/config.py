@@ -63,6 +63,12 @@ class ModelConfig:
         return json.loads(self.hf_text)
 
     @property
+    def max_length(self) -> int | None:
+        """The longest row that config.json says the model takes; None where it does not say."""
+        hf_config = self.hf_config
+        return hf_config.get("max_sequence_length") or hf_config.get("max_position_embeddings")
+
+    @property
     def is_causal(self) -> bool:
         return self.family in CAUSAL_FAMILIES
 

@@ -152,6 +152,19 @@ def _uniforms(rows: Rows, recorded, which: int, positions, shape: tuple[int, ...
     return jax.vmap(jax.vmap(draw, in_axes=(None, None, 0)))(rows.key, rows.num_forward, from_end)
 
 
+def _truncate(logits, config: SamplerConfig, never: list[int]) -> jax.Array:
+    """Logits (B, C, V) truncated as the config says, where one token at least is left that may be written.
+
+    What is banned is taken out before. [MASK], the first of `never`, is not, as in Dream's sampler; where it would be
+    all that is left, the most likely of the others stays beside it.
+    """
+    if len(never) > 1:
+        logits = logits.at[..., jnp.array(never[1:])].set(-jnp.inf)
+    best = orders.argmax(logits, never)[..., None]  # (B, C, 1)
+    truncated = orders.truncate(logits, config.top_p, config.top_k)
+    return jnp.where(jnp.arange(logits.shape[-1]) == best, logits, truncated)
+
+
 def propose(
     logits,
     positions,
@@ -164,17 +177,17 @@ def propose(
 ):
     """A token for each of the (B, C) positions, its probability, and the score that orders the positions."""
     is_dream = config.method == "dream"
-    if config.logits_eos_inf:
-        logits = logits.at[..., eos_id].set(-jnp.inf)
-    if is_dream and config.temperature > 0:
-        logits = logits / config.temperature
-    if is_dream:
-        logits = orders.truncate(logits, config.top_p, config.top_k)
     never = [mask_id]
     if config.ban_eos:
         never += [eos_id, refusal_id]
     if config.ban_eot:
         never += [config.eot_id]
+    if config.logits_eos_inf:
+        logits = logits.at[..., eos_id].set(-jnp.inf)
+    if is_dream and config.temperature > 0:
+        logits = logits / config.temperature
+    if is_dream and config.is_truncated:
+        logits = _truncate(logits, config, never)
     noise = 1.0 if is_dream and config.temperature > 0 else config.temperature
     tokens = orders.gumbel_argmax(logits, token_uniforms, noise, never)
     if config.confidence_eos_eot_inf:
@@ -204,6 +217,8 @@ def _choose(rows: Rows, plan: Plan, is_candidate, confidence, scores, position_u
         return is_candidate & (position_uniforms < rate[:, None])
     even = orders.even_quota(num_masks, rows.step, plan.steps_per_block)
     quota = jnp.floor(num_open * rate).astype(jnp.int32) if is_dream else even
+    if config.cache is not None:  # where the cache pass revealed less than its share, the block's last pass makes up
+        quota = jnp.where(rows.step + 1 == plan.steps_per_block, num_open, quota)
     return orders.highest(scores, is_candidate, quota)
 
 
@@ -228,7 +243,12 @@ def _look(model, rows: Rows, hidden, offset, positions, position_uniforms, draws
     config, mask_id, eos_id = plan.config, model.config.mask_id, model.config.eos_id
     refusal_id = model.config.refusal_id
     first = positions[:, :size]
-    indices = first - offset[:, None] - (1 if model.config.shift_logits else 0)
+    indices = first - offset[:, None]
+    if model.config.shift_logits:  # the first token has no output before it and takes its own, never that of padding
+        indices = indices - 1
+        if rows.attention_mask is not None:
+            first_real = jnp.argmax(rows.attention_mask, axis=1)  # (B,)
+            indices = jnp.maximum(indices, (first_real - offset)[:, None])
     logits = _logits_at(model, hidden, jnp.clip(indices, 0, hidden.shape[1] - 1), config.cfg_scale)  # (B, size, V)
     eos_prob = orders.token_probability(logits, jnp.full(first.shape, refusal_id))
     token_uniforms = None
@@ -354,6 +374,27 @@ def decode(graphdef, state, layers, rows: Rows, max_running, draws: Draws, *, pl
     return jax.lax.while_loop(lambda rows: jnp.sum(is_running(rows, plan.num_blocks)) > max_running, take_pass, rows)
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
+def decode_to_block(graphdef, state, layers, rows: Rows, max_passes, draws: Draws, *, plan: Plan) -> Rows:
+    """Passes over whole rows until some row has finished a block or is done, `max_passes` of them at most."""
+    model = nnx.merge(graphdef, state)
+    offset = jnp.zeros(len(rows.tokens), jnp.int32)
+    block_at_start, was_running = rows.current, is_running(rows, plan.num_blocks)
+
+    def goes_on(carry):
+        rows, count = carry
+        is_in_block = is_running(rows, plan.num_blocks) & (rows.current == block_at_start)
+        return jnp.any(was_running) & jnp.all(is_in_block | ~was_running) & (count < max_passes)
+
+    def take_pass(carry):
+        rows, count = carry
+        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
+        active = is_running(rows, plan.num_blocks)
+        return reveal(model, rows, hidden, offset, active, draws, plan), count + 1
+
+    return jax.lax.while_loop(goes_on, take_pass, (rows, 0))[0]
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan", "num_positions"))
 def decode_block(graphdef, state, layers, rows: Rows, draws: Draws, *, plan: Plan, num_positions: int) -> Rows:
     """The current block of every unfinished row, with a cache of keys and values.
@@ -390,3 +431,9 @@ def decode_block(graphdef, state, layers, rows: Rows, draws: Draws, *, plan: Pla
         return reveal(model, rows, hidden, start, is_active(rows), draws, plan)
 
     return jax.lax.while_loop(lambda rows: jnp.any(is_active(rows)), take_pass, rows)
+
+
+@jax.jit
+def replace_rows(rows: Rows, fresh: Rows, is_new: jax.Array) -> Rows:
+    """`rows` with those of `fresh` where `is_new` (B,): their places go to other requests."""
+    return jax.tree.map(lambda old, new: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old), rows, fresh)

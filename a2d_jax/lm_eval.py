@@ -26,24 +26,34 @@ import jax.numpy as jnp
 import lm_eval.models  # noqa: F401  fills the registry with the harness's own models first
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from a2d_jax.batching import DEFAULT_BUCKETS, generate_many
+from a2d_jax.batching import buckets_up_to, generate_many
 from a2d_jax.config import load_config
-from a2d_jax.evaluate import weights_fingerprint
 from a2d_jax.likelihood import log_likelihood
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
 from a2d_jax.sampling import SamplerConfig, infill
+from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import load_tokenizer
 
 GROUP = "lm_eval.models"
-_LENGTH_NAMES = ("max_sequence_length", "max_position_embeddings")
 _PAD_MULTIPLE = 32  # row lengths of likelihoods, so that few programs are compiled
 _SAMPLER_FIELDS = {field.name for field in dataclasses.fields(SamplerConfig)} - {"monitor"}
+
+
+def _parse_mesh(sizes: str | None) -> Mesh | None:
+    if sizes is None:
+        return None
+    try:
+        data, fsdp, tensor = map(int, sizes.split("x"))
+    except ValueError as error:
+        raise ValueError(f"mesh={sizes}; give the sizes of data, fsdp and tensor, such as 1x1x4.") from error
+    return make_mesh(data, fsdp, tensor)
 
 
 @register_model("a2d_jax")
@@ -54,6 +64,7 @@ class A2DLM(LM):
       checkpoint: folder.
       adapter: PEFT folder to attach.
       dtype: "float32" or "bfloat16", of weights and activations.
+      mesh: sizes data x fsdp x tensor of the device mesh, such as "1x1x4"; default: the first device.
       batch_size: rows decoded together.
       max_length: tokens of a row; longer contexts lose their beginning. Default: what the model takes.
       seed: of all random numbers.
@@ -70,6 +81,7 @@ class A2DLM(LM):
         checkpoint: str,
         adapter: str | None = None,
         dtype: str = "bfloat16",
+        mesh: str | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
         seed: int = 0,
@@ -94,10 +106,9 @@ class A2DLM(LM):
         if mc_num % mc_batch_size:
             raise ValueError(f"mc_num={mc_num} is no multiple of mc_batch_size={mc_batch_size}.")
         self._tokenizer = load_tokenizer(hf_files(checkpoint))
-        hf_config = load_config(hf_files(checkpoint)).hf_config
-        own_length = next((hf_config[name] for name in _LENGTH_NAMES if hf_config.get(name)), 4096)
-        self._model = load_pretrained(checkpoint, dtype=jnp.dtype(dtype), adapter=adapter)
-        self._max_length = max_length or own_length
+        self._mesh = _parse_mesh(mesh)
+        self._model = load_pretrained(checkpoint, self._mesh, jnp.dtype(dtype), adapter)
+        self._max_length = max_length or load_config(hf_files(checkpoint)).max_length or 4096
         self._seed, self._batch_size, self._check_greedy = seed, int(batch_size), check_greedy
         self._mc = {"mc_num": mc_num, "batch_size": mc_batch_size, "cfg_scale": likelihood_cfg_scale}
         self._sampler = sampler
@@ -162,7 +173,8 @@ class A2DLM(LM):
     def _log_likelihood(self, prompt: list[int], answer: list[int]) -> float:
         prompt = self._fit(prompt, len(answer))
         key = self._key(repr((prompt, answer)))
-        return log_likelihood(self._model, prompt, answer, **self._mc, key=key, multiple_of=_PAD_MULTIPLE)
+        with under(self._mesh):
+            return log_likelihood(self._model, prompt, answer, **self._mc, key=key, multiple_of=_PAD_MULTIPLE)
 
     def _is_greedy(self, prompt: list[int], answer: list[int]) -> bool:
         """Whether filling the answer's masks, the surest one first, brings the answer."""
@@ -171,7 +183,7 @@ class A2DLM(LM):
         row = np.array([[self._tokenizer.pad_id] * pad + tokens], np.int32)
         is_real = np.arange(row.shape[1])[None] >= pad
         length = 1 << (len(answer) - 1).bit_length()  # steps are compiled in; more than there are masks do no harm
-        filled = infill(self._model, row, SamplerConfig(steps=length), attention_mask=is_real)
+        filled = infill(self._model, row, SamplerConfig(steps=length, method="llada"), attention_mask=is_real)
         return np.asarray(filled.tokens)[0, -len(answer) :].tolist() == answer
 
     def _fit(self, prompt: list[int], num_answer: int) -> list[int]:
@@ -206,7 +218,7 @@ class A2DLM(LM):
     def _generate(self, prompts: list[list[int]], config: SamplerConfig) -> tuple[list[np.ndarray], list[bool]]:
         """The responses' tokens, and whether the monitor stopped them. Equal prompts get equal answers."""
         key = jax.random.key(self._seed) if config.needs_key else None
-        buckets = [bucket for bucket in DEFAULT_BUCKETS if bucket < self._max_length] + [self._max_length]
+        buckets = buckets_up_to(self._max_length)
         results = generate_many(self._model, prompts, config, key, batch_size=self._batch_size, buckets=buckets)
         tokens = [np.asarray(result.tokens)[-config.gen_length :] for result in results]
         return tokens, [bool(result.is_rejected) for result in results]

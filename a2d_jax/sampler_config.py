@@ -28,7 +28,8 @@ class SamplerConfig:
       monitor: another monitor that stops rows, see `a2d_jax/monitor.py`.
       cache: None recomputes everything at every step. "prefix" and "dual" are Fast-dLLM's approximations: keys and
         values are kept from the first pass of each block, and later passes recompute what comes after ("prefix": from
-        the block's start to the end) or the block alone ("dual").
+        the block's start to the end) or the block alone ("dual"). A Dream model's first pass of a block reveals one
+        token, so a schedule needs two steps a block.
       threshold: a step reveals every position whose token is at least so probable, and the first of the order in any
         case; the order's schedule plays no part. (Dream without a cache: no more than its even share of `steps` so far,
         as in Fast-dLLM; steps equal to the number of blocks lifts this.)
@@ -41,7 +42,7 @@ class SamplerConfig:
       method: "llada" or "dream" rules, see `a2d_jax/orders.py`; None: those of the model's family, where A2D's orders
         left_to_right and right_to_left have LLaDA's even schedule on every model.
       ban_eos: [EOS], and the model's refusal token where that is another, is never chosen, as in the released attack
-        evaluation; it still counts in the confidence.
+        evaluation; it still counts in the confidence, but not in what top_p and top_k leave.
       ban_eot: the end of turn is never chosen either; needs `eot_id`.
       logits_eos_inf: [EOS] is removed from choice and confidence (LLaDA's flag).
       confidence_eos_eot_inf: [EOS] and end of turn are revealed last (LLaDA's flag); needs `eot_id`.
@@ -106,12 +107,17 @@ class SamplerConfig:
         return self.threshold is not None or self.factor is not None
 
     @property
+    def is_truncated(self) -> bool:
+        """Whether only the most likely tokens of a position count, under the "dream" method."""
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+    @property
     def needs_key(self) -> bool:
         """Whether anything is drawn at random."""
         return self.temperature > 0 or self.order == "random" or self.order_temperature > 0
 
     def num_blocks(self, family: str) -> int:
-        """Blocks of the response; ValueError where lengths or steps do not divide."""
+        """Blocks of the response; ValueError where lengths or steps do not divide, or a cache has too few steps."""
         block = self.block_length or (32 if family == "llada" else self.gen_length)
         block = min(block, self.gen_length)
         if self.gen_length % block:
@@ -125,5 +131,10 @@ class SamplerConfig:
             raise ValueError(
                 f"steps={self.steps} cannot be shared by {blocks} blocks (gen_length={self.gen_length} / "
                 f"block_length={block}); use a multiple of {blocks}, such as {-(-self.steps // blocks) * blocks}."
+            )
+        if family == "dream" and self.cache is not None and not self.is_adaptive and blocks == self.steps and block > 1:
+            raise ValueError(
+                f"steps={self.steps} is one pass for each of {blocks} blocks, and with cache={self.cache!r} a Dream "
+                f"model's first pass of a block reveals one token; use steps={2 * blocks} or more, or a threshold."
             )
         return blocks

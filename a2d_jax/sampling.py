@@ -8,13 +8,14 @@ Differences from the published samplers, each a defect there:
     quota among the rows of a batch and can overwrite text of the shorter row; A2D's Dream sampler reveals one token per
     batch; Fast-dLLM's caches serve one row);
   * [MASK] is never chosen as a token, so decoding ends and the answer holds no mask;
+  * a masked first token of a Dream model is predicted from its own output, also where padding stands in front of it (in
+    Dream from the padding's);
   * masks inside the prompt belong to the first block and get a share of its steps (LLaDA gives them none, and masks
     stay in the answer); `count_prompt_masks=False` replays the original;
   * Gumbel noise is added to logits, not multiplied into their exponentials, which overflow in float32;
   * a block that its first pass filled takes no second (Fast-dLLM's cached samplers run one that reveals nothing).
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,10 +25,10 @@ import numpy as np
 from flax import nnx
 
 from a2d_jax import autoregressive
-from a2d_jax.decoding import Draws, Plan, Rows, Trace, decode, decode_block, is_running, start_rows
+from a2d_jax.decoding import Draws, Plan, Rows, Trace, decode, decode_block, decode_to_block, is_running, start_rows
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.sampler_config import DREAM_ORDERS, SamplerConfig
-from a2d_jax.sharding import batch_sharding, mesh_of
+from a2d_jax.sharding import batch_sharding, mesh_of, under
 
 __all__ = ["DREAM_ORDERS", "Draws", "SampleResult", "SamplerConfig", "Trace", "generate", "infill", "pad_left"]
 
@@ -76,7 +77,7 @@ class Decoder:
 
     def advance(self, rows: Rows, max_running: int = 0) -> Rows:
         """Decodes on until `max_running` rows are unfinished; with a cache, to the end of each row's block."""
-        with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
+        with under(self._mesh):
             if self.plan.config.cache is None:
                 return decode(self._graphdef, self._state, self.layers, rows, max_running, self._draws, plan=self.plan)
             block_length = self.plan.config.gen_length // self.plan.num_blocks
@@ -86,6 +87,15 @@ class Decoder:
                 num_positions = (self.plan.num_blocks - first) * block_length
             return decode_block(
                 self._graphdef, self._state, self.layers, rows, self._draws, plan=self.plan, num_positions=num_positions
+            )
+
+    def advance_to_block(self, rows: Rows, max_passes: int) -> Rows:
+        """Decodes on until some row has finished a block, or for `max_passes`; with a cache, as `advance`."""
+        if self.plan.config.cache is not None:
+            return self.advance(rows)
+        with under(self._mesh):
+            return decode_to_block(
+                self._graphdef, self._state, self.layers, rows, max_passes, self._draws, plan=self.plan
             )
 
     def run(self, rows: Rows) -> Rows:

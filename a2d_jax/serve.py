@@ -1,8 +1,8 @@
 """Program: a chat server that speaks OpenAI's protocol and stops answers by their P([EOS]).
 
-    python -m a2d_jax.serve --checkpoint DIR --reject_above 0.9 --port 8000
+    python -m a2d_jax.serve --checkpoint runs/NAME --reject_above 0.9 --port 8000
     curl localhost:8000/v1/chat/completions \\
-        -d '{"model": "DIR", "messages": [{"role": "user", "content": "What is lime?"}]}'
+        -d '{"model": "NAME", "messages": [{"role": "user", "content": "What is lime?"}]}'
 
 The settings of `SamplerConfig` are flags. Answers are streamed a finished block at a time; one that the monitor stops
 has the finish_reason "content_filter". At most `--max_queue` requests wait, `--batch_size` are decoded together. On
@@ -41,7 +41,6 @@ _TIMEOUT = flags.DEFINE_float("timeout", 300.0, "seconds for a request, waiting 
 _GRACE = flags.DEFINE_float("grace", 10.0, "seconds that running answers get after SIGTERM")
 _TEMPERATURES = flags.DEFINE_list("temperatures", [], "that clients may ask for besides --temperature; each compiles")
 _ALLOW_MASKS = flags.DEFINE_bool("allow_mask_tokens", False, "fill masks in messages, for studies of attacks")
-_LENGTH_NAMES = ("max_sequence_length", "max_position_embeddings")
 define_sampler_flags()
 
 
@@ -61,9 +60,8 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def length_limit(hf_config: dict, asked: int | None) -> int:
-    """The longest row that is decoded; ValueError where the model takes no such row."""
-    own = next((hf_config[name] for name in _LENGTH_NAMES if hf_config.get(name)), None)
+def length_limit(own: int | None, asked: int | None) -> int:
+    """The longest row that is decoded: what is asked for, or the model's own; ValueError where it takes no such row."""
     if asked is not None and own is not None and asked > own:
         raise ValueError(f"--max_length={asked}, but config.json says {own}; give {own} or less.")
     return asked or own or 4096
@@ -73,7 +71,7 @@ def main(_) -> None:
     sampler = sampler_config_from_flags()
     checkpoint = Path(_CHECKPOINT.value)
     tokenizer = load_tokenizer(hf_files(checkpoint))
-    max_length = length_limit(load_config(hf_files(checkpoint)).hf_config, _MAX_LENGTH.value)
+    max_length = length_limit(load_config(hf_files(checkpoint)).max_length, _MAX_LENGTH.value)
     if sampler.gen_length >= max_length:
         raise ValueError(f"--gen_length={sampler.gen_length} leaves no room for a prompt in {max_length} tokens.")
     limits = Limits(

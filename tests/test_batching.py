@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import a2d_jax
-from a2d_jax.batching import generate_many
+from a2d_jax.batching import DEFAULT_BUCKETS, buckets_up_to, generate_many
 from a2d_jax.sampling import SamplerConfig, generate
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 30, 31], [1, 2, 3], [200, 3], [7] * 14]
@@ -61,3 +61,12 @@ def test_a_row_may_end_with_the_block_that_ends_in_eos(llada):
 def test_a_batch_of_no_rows_is_refused(llada):
     with pytest.raises(ValueError, match="batch_size=0"):
         generate_many(llada, PROMPTS, CONFIG, batch_size=0, buckets=(24,))
+
+
+def test_buckets_go_on_up_to_the_longest_row():
+    assert buckets_up_to(20) == [20]
+    assert buckets_up_to(50) == [32, 48, 50]
+    assert buckets_up_to(4096) == list(DEFAULT_BUCKETS)
+    assert buckets_up_to(4100) == [*DEFAULT_BUCKETS, 4100]
+    assert buckets_up_to(16000)[-5:] == [4096, 6144, 8192, 12288, 16000]
+    assert buckets_up_to(131072)[-3:] == [65536, 98304, 131072]

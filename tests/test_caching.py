@@ -122,6 +122,14 @@ def test_guidance_works_with_a_cache(models):
     assert not (tokens == models["llada"].config.mask_id).any()
 
 
+def test_a_cache_leaves_no_mask_of_dream_in_an_even_schedule(models):
+    """The first pass of a block reveals one token where its share is two; the last pass takes what is left."""
+    config = SamplerConfig(gen_length=8, steps=4, block_length=4, order="left_to_right", cache="dual")
+    result = generate(models["dream"], PROMPTS[:1], config)
+    assert not (np.asarray(result.tokens) == models["dream"].config.mask_id).any()
+    assert int(result.num_forward[0]) == 4
+
+
 def test_positions_replace_their_places_in_the_cache_and_those_behind_the_text_stand_for_nothing(models):
     model = models["llada"]
     old, new = np.arange(2, 14)[None], np.arange(20, 32)[None]
@@ -166,6 +174,12 @@ def test_what_caches_cannot_do_is_refused(models):
         infill(model, [[1, mask_id]], SamplerConfig(cache="dual"))
     with pytest.raises(ValueError, match="the prompt holds 1 masks"):
         generate(model, [[1, mask_id]], SamplerConfig(gen_length=4, steps=4, cache="prefix"))
+    one_pass = SamplerConfig(gen_length=8, steps=2, block_length=4, cache="dual")
+    with pytest.raises(ValueError, match="steps=2 is one pass for each of 2 blocks.*use steps=4 or more"):
+        generate(models["dream"], [[1]], one_pass)
+    assert one_pass.num_blocks("llada") == 2
+    for changes in ({"threshold": 0.9}, {"gen_length": 2, "block_length": 1}):
+        assert dataclasses.replace(one_pass, **changes).num_blocks("dream") == 2
     with pytest.raises(ValueError, match="cache='both'"):
         SamplerConfig(cache="both")
     with pytest.raises(ValueError, match="give one of them"):

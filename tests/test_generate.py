@@ -17,9 +17,10 @@ def checkpoint(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
-def run(*arguments):
+def run(*arguments, num_devices=1):
     command = [sys.executable, "-m", "a2d_jax.generate", *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    flag = f"--xla_force_host_platform_device_count={num_devices}"
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
@@ -34,10 +35,10 @@ def test_two_prompts_are_answered_in_one_batch(checkpoint):
     assert first["num_forward"] == 4 and not first["is_rejected"] and 0 <= first["eos_prob_first"] <= 1
 
 
-def test_a_text_with_masks_is_filled_in_place(checkpoint):
+def test_a_text_with_masks_is_filled_in_place_by_a_model_on_two_devices(checkpoint):
     done = run(
         f"--checkpoint={checkpoint}", "--prompt=tell me <mask:2> the cake", "--order=right_to_left", "--json",
-        "--dtype=float32",
+        "--dtype=float32", "--mesh=1,1,2", num_devices=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

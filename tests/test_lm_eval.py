@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from lm_eval.tasks import TaskManager
 
 import a2d_jax
 from a2d_jax.lm_eval import A2DLM
+from a2d_jax.sampling import infill
 
 ROOT = Path(__file__).parents[1]
 WORLD_BASE = ROOT / "a2d_jax" / "world_base"
@@ -87,6 +89,12 @@ def test_the_likelihood_of_one_token_is_that_of_the_logits(model):
     assert model.loglikelihood(requests("loglikelihood", ("", "milk")))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_model_on_a_mesh_scores_the_same(model):
+    asked = requests("loglikelihood", ("the amber bread:", " milk, sand"))
+    meshed = A2DLM(str(WORLD_BASE), dtype="float32", mc_num=4, mc_batch_size=4, batch_size=2, mesh="2x2x2")
+    assert meshed.loglikelihood(asked)[0][0] == pytest.approx(model.loglikelihood(asked)[0][0], abs=1e-3)
+
+
 def test_a_rolling_likelihood_scores_each_token_once(model, monkeypatch):
     tokenizer = a2d_jax.load_tokenizer(WORLD_BASE)
     ids = tokenizer.encode("the amber bread")
@@ -104,6 +112,22 @@ def test_a_likelihood_depends_on_nothing_but_the_request_and_the_seed(model):
     assert forward == backward[::-1]
     other = A2DLM(str(WORLD_BASE), dtype="float32", mc_num=4, mc_batch_size=4, seed=1, check_greedy=False)
     assert other.loglikelihood(requests("loglikelihood", asked[0]))[0][0] != forward[0][0]
+
+
+def test_greedy_decoding_of_dream_writes_one_token_a_pass(model, monkeypatch, fixtures):
+    """Dream's own schedule begins with a pass that reveals nothing and ends with one that reveals two."""
+    dream, results = a2d_jax.load_pretrained(fixtures / "dream_tiny"), []
+
+    def spied_infill(*args, **kwargs):
+        results.append(infill(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(model, "_model", dream)
+    monkeypatch.setattr(model, "_tokenizer", SimpleNamespace(mask_id=dream.config.mask_id, pad_id=dream.config.pad_id))
+    monkeypatch.setattr("a2d_jax.lm_eval.infill", spied_infill)
+    model._is_greedy([5, 6, 7], [1, 2, 3])
+    assert int(results[0].num_forward[0]) == 3
+    assert model._is_greedy([5, 6, 7], results[0].tokens[0, -3:].tolist())
 
 
 def test_texts_are_the_samplers_cut_at_the_stop_text(model):
@@ -166,6 +190,7 @@ def test_the_harness_command_finds_the_model(tasks, tmp_path):
         ({"mc_num": 10, "mc_batch_size": 4}, "no multiple"),
         ({"batch_size": "auto"}, "batch_size=auto"),
         ({"dtype": "int4"}, "dtype=int4"),
+        ({"mesh": "2,2"}, "mesh=2,2; give the sizes of data, fsdp and tensor, such as 1x1x4"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

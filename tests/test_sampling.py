@@ -12,6 +12,7 @@ from flax import nnx
 
 import a2d_jax
 from a2d_jax import orders
+from a2d_jax.decoding import propose
 from a2d_jax.sampling import DREAM_ORDERS, Draws, SamplerConfig, generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -139,6 +140,36 @@ def test_the_mask_is_never_chosen(llada):
     model.lm_head.bias = nnx.data(nnx.Param(bias, logical_axes=("vocab",)))
     result = infill(model, np.full((1, 5), llada.config.mask_id), SamplerConfig())
     np.testing.assert_array_equal(result.tokens, [[7] * 5])
+
+
+@pytest.mark.parametrize("favourite", [1, 2, 3])  # [MASK], [EOS], the refusal token
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 1}])
+def test_where_truncation_leaves_nothing_that_may_be_written_the_next_is(favourite, settings):
+    logits = jnp.zeros((1, 1, 8)).at[0, 0, favourite].set(50.0).at[0, 0, 5].set(10.0)
+    config = SamplerConfig(method="dream", ban_eos=True, **settings)
+    tokens, confidence, _ = propose(logits, jnp.zeros((1, 1), jnp.int32), config, 1, 2, 3, None, None)
+    assert int(tokens[0, 0]) == 5
+    assert (float(confidence[0, 0]) > 0.99) == (favourite != 1)  # [MASK] counts in the confidence, what is banned not
+
+
+def test_what_is_banned_is_no_part_of_the_nucleus():
+    probs = [0.3, 1e-9, 0.5, 1e-9, 0.15, 0.05]  # a text, [MASK], [EOS], the refusal token, two texts
+    config = SamplerConfig(method="dream", ban_eos=True, top_p=0.7)  # of 0.6, 0.3, 0.1 without [EOS]: the first two
+    logits, positions = jnp.log(jnp.array([[probs]])), jnp.zeros((1, 1), jnp.int32)
+    tokens, confidence, _ = propose(logits, positions, config, 1, 2, 3, None, None)
+    assert int(tokens[0, 0]) == 0
+    np.testing.assert_allclose(confidence, [[2 / 3]], rtol=1e-5)
+
+
+def test_a_masked_first_token_of_dream_does_not_see_the_padding_in_front(dream):
+    mask_id, pad_id = dream.config.mask_id, dream.config.pad_id
+    config = SamplerConfig(steps=2, order="left_to_right")
+    alone = infill(dream, [[mask_id, 6, 7, mask_id]], config)
+    padded = [[pad_id, pad_id, mask_id, 6, 7, mask_id]]
+    is_real = np.array([[False, False, True, True, True, True]])
+    beside = infill(dream, padded, config, attention_mask=is_real)
+    np.testing.assert_array_equal(np.asarray(beside.tokens)[0, 2:], np.asarray(alone.tokens)[0])
+    np.testing.assert_allclose(beside.eos_prob, alone.eos_prob, rtol=1e-3)
 
 
 # -- rules worked by hand ---------------------------------------------------------------------------------------------

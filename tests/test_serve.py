@@ -21,9 +21,11 @@ import pytest
 import uvicorn
 
 import a2d_jax
+from a2d_jax import sampling
+from a2d_jax.sampling import Decoder, response_plan
 from a2d_jax.serving.answer import Answer
 from a2d_jax.serving.app import Limits, Service
-from a2d_jax.serving.engine import Batch, Engine
+from a2d_jax.serving.engine import Batch, Engine, Group, Job
 from a2d_jax.serving.metrics import Metrics
 
 WORLD_BASE = Path(a2d_jax.__file__).parent / "world_base"
@@ -209,6 +211,20 @@ def test_sixteen_clients_at_once_lose_no_answer(start, loaded):
     assert server.metric("a2d_batch_requests_sum") / server.metric("a2d_batch_requests_count") > 2
 
 
+def test_a_model_on_a_mesh_is_decoded_with_that_mesh_in_force(loaded, monkeypatch):
+    mesh, tokenizer = a2d_jax.make_mesh(data=2, fsdp=2, tensor=2), loaded[1]
+    model, plan, meshes = a2d_jax.load_pretrained(WORLD_BASE, mesh), response_plan(CONFIG, "llada", 32), []
+
+    def decode_nothing(graphdef, state, layers, rows, max_passes, draws, *, plan):
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return rows
+
+    monkeypatch.setattr(sampling, "decode_to_block", decode_nothing)
+    batch = Batch(Decoder(model, plan), model, tokenizer, Group(plan, 32), max_passes=16)
+    batch.seat([Job([5, 6], CONFIG, 0, Answer(tokenizer, 8), lambda event: None, Group(plan, 32))])
+    assert batch.advance() == [] and meshes == [mesh.abstract_mesh]
+
+
 # -- bad requests -----------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +248,8 @@ def user(content):
         (body(messages=[]), 400, "messages"),
         (body(messages="hello"), 400, "messages"),
         (body(messages=[{"role": "wizard", "content": "hi"}]), 400, "messages[0].role"),
+        (body(messages=user("\ud800")), 400, None),
+        ('{"model": "world", "\\ud800": 1}', 400, None),
         (body(messages=user(7)), 400, "messages[0].content"),
         (body(messages=user([{"type": "image_url", "image_url": {}}])), 400, "messages[0].content"),
         (body(messages=[*user("hi"), {"role": "assistant", "content": "sure"}]), 400, "messages[1].role"),
@@ -242,6 +260,7 @@ def user(content):
         (body(max_tokens="many"), 400, "max_tokens"),
         (body(max_tokens=True), 400, "max_tokens"),
         (body(temperature=0.3), 400, "temperature"),
+        (body(temperature=10**400), 400, "temperature"),
         (body(seed=-1), 400, "seed"),
         (body(stop=["a", ""]), 400, "stop"),
         (body(stream_options={"include_usage": 1}), 400, "stream_options.include_usage"),
@@ -341,10 +360,11 @@ def test_a_stream_that_the_shutdown_cuts_gets_an_error_event(start, gate):
         list(stream)
 
 
-def test_a_failing_model_is_an_error_and_not_the_end(start, monkeypatch):
-    server = start()
+@pytest.mark.parametrize("stage", ["seat", "advance"])
+def test_a_failing_model_is_an_error_and_not_the_end(start, monkeypatch, stage):
+    server = start(limits=Limits(timeout=60))
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "advance", lambda batch: 1 / 0)
+        patch.setattr(Batch, stage, lambda *_: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="failed on this batch"):
             server.ask()
     assert server.ask().choices[0].message.content

@@ -10,7 +10,6 @@ requests whose client is gone, and to take in new ones.
 """
 
 import dataclasses
-import functools
 import math
 import threading
 import time
@@ -21,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 
-from a2d_jax.batching import DEFAULT_BUCKETS
-from a2d_jax.decoding import Draws, Plan, Rows, is_running, model_inputs, reveal
+from a2d_jax.batching import buckets_up_to
+from a2d_jax.decoding import Plan, Rows, replace_rows
 from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampling import Decoder, pad_left, response_plan, response_rows, row_keys, special_ids
 from a2d_jax.serving.answer import Answer
@@ -94,7 +92,8 @@ class Engine:
         self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
         self._config, self._batch_size, self._max_queue = config, batch_size, max_queue
         self._max_passes, self.max_length = max_passes, max_length
-        self._buckets = [bucket for bucket in DEFAULT_BUCKETS if bucket < max_length] + [max_length]
+        self._buckets = buckets_up_to(max_length)
+        special_ids(model)  # refuses a causal model here, and not with the first request
         self._num_blocks = config.num_blocks(model.config.family)  # also checks the settings
         self._decoders: dict[Plan, Decoder] = {}
         self._layers = model.layers_apart()
@@ -225,6 +224,7 @@ class Engine:
             while count < min(num_free, len(self._waiting)) and self._waiting[count].group == group:
                 count += 1
             admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+            self._running = [*self._running, *admitted]  # told of a failure or of the end before they have rows
             self._metrics.waiting.set(len(self._waiting))
         return admitted
 
@@ -250,7 +250,6 @@ class Batch:
     def __init__(self, decoder: Decoder, model, tokenizer: Tokenizer, group: Group, max_passes: int):
         self._decoder, self._tokenizer, self._group, self._max_passes = decoder, tokenizer, group, max_passes
         self._mask_id, self._eos_id = special_ids(model)
-        self._graphdef, self._state = nnx.split(model)
         self._config = group.plan.config
         self.jobs: list[Job | None] = []
         self._rows: Rows | None = None
@@ -281,16 +280,11 @@ class Batch:
         else:
             num_old = len(self._rows.tokens)
             grown = jax.tree.map(lambda old, new: jnp.concatenate([old, new[num_old:]]), self._rows, fresh)
-            self._rows = _replace(grown, fresh, is_new)
+            self._rows = replace_rows(grown, fresh, is_new)
 
     def advance(self) -> list[tuple[Job, Event, int]]:
         """Decodes on to the next finished block; what came of it, as (job, event, passes so far)."""
-        if self._config.cache is None:
-            self._rows = decode_on(
-                self._graphdef, self._state, self._decoder.layers, self._rows, self._max_passes, plan=self._group.plan
-            )
-        else:
-            self._rows = self._decoder.advance(self._rows)
+        self._rows = self._decoder.advance_to_block(self._rows, self._max_passes)
         rows, config = self._rows, self._config
         tokens, current, is_rejected, num_forward = map(
             np.asarray, (rows.tokens, rows.current, rows.is_rejected, rows.num_forward)
@@ -325,32 +319,6 @@ class Batch:
             return None
         prompt = tokens[: len(tokens) - self._config.gen_length][-len(job.prompt) :]
         return self._tokenizer.decode(prompt, skip_special_tokens=True)
-
-
-@jax.jit
-def _replace(rows: Rows, fresh: Rows, is_new) -> Rows:
-    return jax.tree.map(lambda old, new: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old), rows, fresh)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
-def decode_on(graphdef, state, layers, rows: Rows, max_passes, *, plan: Plan) -> Rows:
-    """Passes over whole rows until some row has finished a block or is done, `max_passes` of them at most."""
-    model = nnx.merge(graphdef, state)
-    offset = jnp.zeros(len(rows.tokens), jnp.int32)
-    block_at_start, was_running = rows.current, is_running(rows, plan.num_blocks)
-
-    def goes_on(carry):
-        rows, count = carry
-        is_in_block = is_running(rows, plan.num_blocks) & (rows.current == block_at_start)
-        return jnp.any(was_running) & jnp.all(is_in_block | ~was_running) & (count < max_passes)
-
-    def take_pass(carry):
-        rows, count = carry
-        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
-        active = is_running(rows, plan.num_blocks)
-        return reveal(model, rows, hidden, offset, active, Draws(), plan), count + 1
-
-    return jax.lax.while_loop(goes_on, take_pass, (rows, 0))[0]
 
 
 def shutting_down() -> RequestError:

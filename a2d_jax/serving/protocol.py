@@ -65,8 +65,9 @@ def parse_request(body: bytes, model_name: str, temperatures: Sequence[float]) -
     """
     try:
         fields = json.loads(body, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise RequestError(400, f"the body is not UTF-8: {error}", code="invalid_json") from error
+        json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate, which JSON can escape, fails here
+    except UnicodeError as error:
+        raise RequestError(400, f"the body is not Unicode: {error}", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):
@@ -84,15 +85,15 @@ def parse_request(body: bytes, model_name: str, temperatures: Sequence[float]) -
     if model != model_name:
         raise RequestError(404, f"no model {model!r} here, only {model_name!r}", "model", "model_not_found")
     temperature = _typed(fields, "temperature", (int, float))
-    temperature = temperatures[0] if temperature is None else float(temperature)
+    temperature = temperatures[0] if temperature is None else temperature
     if temperature not in temperatures:
         raise RequestError(
             400, f"temperature={temperature}; this server decodes at {list(temperatures)}", "temperature"
         )
     limits = [_typed(fields, name, int) for name in ("max_completion_tokens", "max_tokens")]
     for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
-        if limit is not None and limit < 1:
-            raise RequestError(400, f"{name}={limit}; ask for 1 or more", name)
+        if limit is not None and not 1 <= limit < 2**63:
+            raise RequestError(400, f"{name}={limit}; ask for 1 to 2^63 - 1", name)
     seed = _typed(fields, "seed", int)
     if seed is not None and not 0 <= seed < 2**63:
         raise RequestError(400, f"seed={seed}; give 0 to 2^63 - 1", "seed")
@@ -100,7 +101,7 @@ def parse_request(body: bytes, model_name: str, temperatures: Sequence[float]) -
     return ChatRequest(
         messages=_messages(fields),
         max_tokens=next((limit for limit in limits if limit is not None), None),
-        temperature=temperature,
+        temperature=float(temperature),
         seed=seed,
         stop=_stop(fields),
         is_stream=bool(_typed(fields, "stream", bool)),
