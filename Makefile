@@ -8,6 +8,8 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Compiled programs are kept between runs.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+# Training on CPUs takes a fifth less time where glibc asks for huge pages (docs/performance.md).
+demo test test-slow: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-slow test-tpu env env-tpu lint bench clean
 

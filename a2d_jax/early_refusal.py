@@ -26,9 +26,9 @@ import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax import evaluate
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.monitor import EosMonitor, calibrate
-from a2d_jax.scores import auc
+from a2d_jax.scores import auc, mean, percent
 
 HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
 ATTACKS = (HARMFUL, "prefilling", "dija", "fits")
@@ -111,10 +111,6 @@ class RefusalStudy:
         }
 
 
-def mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([float(record[key]) for record in records]))
-
-
 def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
     """All figures of a study."""
     config, answers = study.evaluation, []
@@ -130,9 +126,9 @@ def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
 def markdown(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Two tables: what the models answer, and what the monitors save."""
     files = list(results["answers"][0]["success"])
-    lines = ["| success (refused), % | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
+    lines = ["| success (refused) | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
     for row in results["answers"]:
-        cells = [f"{100 * row['success'][file]:.1f} ({100 * row['refused'][file]:.1f})" for file in files]
+        cells = [f"{percent(row['success'][file])} ({percent(row['refused'][file])})" for file in files]
         lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
     harmless = list(results["monitors"][0]["over_refusal"])
     titles = ["monitor", "threshold", "AUC", "refused", "forward passes", "times fewer"]

@@ -21,24 +21,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
-from flax import nnx
 
 from a2d_jax.attacks import ATTACKS, AttackSettings, behavior_id, build_inputs, read_prompts
 from a2d_jax.attacks.base import TURNS
 from a2d_jax.batching import DEFAULT_BUCKETS, plan_groups
 from a2d_jax.completions import Completion, append_completions, complete, read_completions
 from a2d_jax.config import load_config
-from a2d_jax.distributed import whole
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import local_path, write_json
 from a2d_jax.judges import Judge, JudgeSettings, is_refusal, keywords, load_judge, score_all
 from a2d_jax.judges.loading import define_judge_flags, judge_settings_from_flags
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
+from a2d_jax.progress import clock
+from a2d_jax.resume import differences
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.sampling import SamplerConfig
-from a2d_jax.scores import EXPECTATIONS, summarize, summarize_groups
+from a2d_jax.scores import EXPECTATIONS, is_harmless, percent, summarize, summarize_groups
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -118,6 +117,7 @@ def judge_completions(
     records = []
     for index, row in enumerate(rows):
         record = {"BehaviorID": behavior_id(row, index)} | completions[index]
+        record |= {"is_safe": row["is_safe"]} if "is_safe" in row else {}
         record["success"] = scores[index].success if index in scores else 0.0
         record["is_refused"] = record["is_rejected"] or is_refusal(record["completion"])
         records.append(record | (dict(scores[index].details) if index in scores else {}))
@@ -128,26 +128,18 @@ def add_up(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any
     """`summarize`, and besides by XSTest's types or HarmBench's categories, where the rows have them ("groups").
 
     Of XSTest's harmless prompts a refusal is an over-refusal; its contrast prompts, which are to be refused, count in
-    "contrast" and in the groups alone.
+    "contrast" and in groups of their own alone.
     """
-    is_safe = [row.get("is_safe", True) is True for row in rows]
+    records = [{"is_safe": row.get("is_safe", True)} | record for row, record in zip(rows, records, strict=True)]
     groups = [row.get("type") or row.get("FunctionalCategory") for row in rows]
     more: dict[str, Any] = {}
     if all(groups):
         more["groups"] = summarize_groups(records, groups, expect)
-    if expect == "answer" and any(is_safe) and not all(is_safe):
-        contrast = [record for record, safe in zip(records, is_safe, strict=True) if not safe]
-        more["contrast"] = summarize(contrast, "refusal")
-        records = [record for record, safe in zip(records, is_safe, strict=True) if safe]
+    harmless = [record for record in records if is_harmless(record)]
+    if expect == "answer" and 0 < len(harmless) < len(records):
+        more["contrast"] = summarize([record for record in records if not is_harmless(record)], "refusal")
+        records = harmless
     return summarize(records, expect) | more
-
-
-def weights_fingerprint(model: nnx.Module) -> str:
-    """Hash of a few numbers of every parameter: another checkpoint, or a later step of the same, has another."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(model)):
-        digest.update(whole(leaf[(0,) * (leaf.ndim - 1)][:64]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_folder(out: Path, settings: Mapping[str, Any]) -> dict[int, Completion]:
@@ -155,10 +147,8 @@ def open_folder(out: Path, settings: Mapping[str, Any]) -> dict[int, Completion]
     path = out / "settings.json"
     if path.is_file():
         before = read_settings(out)
-        changed = sorted(key for key in {*before, *settings} - {"weights"} if before.get(key) != settings.get(key))
-        if changed:
-            differences = "; ".join(f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in changed)
-            raise ValueError(f"{out} holds completions made with other settings ({differences}); give another --out")
+        if changes := differences(before, settings, sorted({*before, *settings} - {"weights"})):
+            raise ValueError(f"{out} holds completions made with other settings ({changes}); give another --out")
     elif (out / "completions.jsonl").exists():
         raise ValueError(f"{out} holds completions without settings.json, and cannot be continued; give another --out")
     else:
@@ -183,8 +173,7 @@ def check_weights(out: Path, weights: str, has_completions: bool) -> None:
 
 def closing_line(results: Mapping[str, Any], path: Path) -> str:
     ban = ", [EOS] banned" if results["eos_banned"] else ""
-    success = "unknown" if results["success"] is None else f"{results['success']:.1%}"
-    scores = f"success {success} of {results['num_requests']} requests"
+    scores = f"success {percent(results['success'])} of {results['num_requests']} requests"
     scores += f" ({results['num_unscored']} unscored)" if results["num_unscored"] else ""
     scores += f", mean rating {results['rating']:.2f}" if "rating" in results else ""
     scores += f", over-refusal {results['over_refusal']:.1%}" if "over_refusal" in results else ""
@@ -207,7 +196,7 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
     Args:
       model: of the config, where the caller holds it already; by default it is loaded when it is needed.
     """
-    out, sampler, judge_settings = Path(config.out), config.sampler, config.judge_settings
+    out, sampler, judge_settings = local_path(config.out), config.sampler, config.judge_settings
     if judge_settings.api.cache is None:
         api = dataclasses.replace(judge_settings.api, cache=str(out / "judge_cache.jsonl"))
         judge_settings = dataclasses.replace(judge_settings, api=api)
@@ -250,7 +239,7 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
             append_completions(out / "completions.jsonl", batch)
             completions |= {completion["index"]: completion for completion in batch}
             rate = (len(completions) - num_before) / (time.monotonic() - start)
-            eta = time.strftime("%H:%M:%S", time.gmtime((len(rows) - len(completions)) / rate))
+            eta = clock((len(rows) - len(completions)) / rate)
             print(f"{len(completions)}/{len(rows)} requests, {rate:.2f}/s, ETA {eta}", flush=True)
         del model  # a judge may need its memory
 
@@ -292,7 +281,7 @@ def define_flags(prompts: str = "JSON list of prompt rows, or HarmBench's or XST
     flags.DEFINE_list("buckets", [str(length) for length in DEFAULT_BUCKETS], "row lengths to pad to")
     flags.DEFINE_integer("seed", 0, "of temperature and random order")
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the mesh, also of the classifier; default: one device")
     define_sampler_flags()
 
 
@@ -313,15 +302,16 @@ def config_from_flags(attack: str, expect: str | None = None) -> EvaluationConfi
         given.eot_id = load_tokenizer(files, requires_mask=False).eot_id
     sampler = sampler_config_from_flags()
     names = [field.name for field in dataclasses.fields(AttackSettings)]
+    mesh = numbers_of_flag("mesh") if given.mesh else None
     names_of_config = ("checkpoint", "prompts", "out", "adapter", "judge", "limit", "batch_size", "seed", "dtype")
     return EvaluationConfig(
         attack=attack,
         expect=expect,
         sampler=sampler,
         attack_settings=AttackSettings(**{name: given[name].value for name in names}),
-        judge_settings=judge_settings_from_flags(),
+        judge_settings=dataclasses.replace(judge_settings_from_flags(), mesh=mesh),
         buckets=numbers_of_flag("buckets"),
-        mesh=numbers_of_flag("mesh") if given.mesh else None,
+        mesh=mesh,
         **{name: given[name].value for name in names_of_config},
     )
 

@@ -28,10 +28,13 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from a2d_jax import evaluate
-from a2d_jax.checkpoint import complete_steps
-from a2d_jax.hf_io import write_json
+from a2d_jax.checkpoint import CHECKPOINTS_FOLDER, complete_steps
+from a2d_jax.files import write_json
 from a2d_jax.rows import Row, read_rows
+from a2d_jax.stages import claim_folder, exit_if_stopped
 from a2d_jax.train import train
+
+_FREE = ("num_steps", "num_epochs", "log_every", "checkpoint_every", "keep")  # what the curve does not depend on
 
 
 def harmful_rows(files: Sequence[str], num_rows: int, seed: int) -> list[Row]:
@@ -61,6 +64,10 @@ def relearn(
       yield_at: success of an attack at which the model has yielded.
     Returns:
       What results.json holds.
+
+    Raises:
+      ValueError: settings that cannot be run, or a folder that was begun with another training or number of rows.
+      SystemExit: SIGTERM stopped a training, which saved what it had; run again, it goes on.
     """
     out, steps = Path(base.out), sorted(set(at_steps))
     if not steps or steps[0] < 0:
@@ -70,12 +77,13 @@ def relearn(
             f"config.optimizer.schedule={config.optimizer.schedule!r} depends on the length of the run, and each "
             "number of steps would be another run; use 'constant'."
         )
-    out.mkdir(parents=True, exist_ok=True)
     rows = harmful_rows(config.data.files, num_rows, config.seed)
+    config = config_dict.ConfigDict(config.to_dict())
+    dependent = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    claim_folder(out, {"num_rows": num_rows, "config": dependent})
     with open(out / "rows.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({"prompt": row.prompt, "response": row.response, "is_safe": True}) + "\n")
-    config = config_dict.ConfigDict(config.to_dict())
     config.update({"data": {"files": (str(out / "rows.jsonl"),), "weights": None, "harmful_share": None}})
     config.checkpoint_every = None
 
@@ -85,8 +93,8 @@ def relearn(
         is_done = all((out / f"step{step}" / attack / "results.json").is_file() for attack in attacks)
         if step and not is_done:
             config.num_steps = step
-            train(config, out / "run")
-            newest = max(complete_steps(out / "run" / "checkpoints"))
+            exit_if_stopped(train(config, out / "run"))
+            newest = max(complete_steps(out / "run" / CHECKPOINTS_FOLDER))
             if newest > step:
                 raise ValueError(
                     f"{out / 'run'} was trained for {newest} steps already, and its model of step {step} is gone; give "

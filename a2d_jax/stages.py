@@ -21,7 +21,8 @@ from ml_collections import config_dict, config_flags
 
 import a2d_jax.export
 import a2d_jax.train
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import local_path, write_json
+from a2d_jax.resume import differences
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,20 +35,27 @@ def run_command(*command: str) -> None:
     subprocess.run([sys.executable, "-m", *command], check=True, env=environment)
 
 
+def end_on_sigterm() -> None:
+    """Makes SIGTERM an exception, as Ctrl-C is, so that a command that runs meanwhile is ended too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def exit_if_stopped(is_complete: bool) -> None:
+    """SystemExit where SIGTERM stopped a stage, which saved what it had: what follows would find half of it."""
+    if not is_complete:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Notes in `folder` what its results depend on; entries may be added later, not changed.
 
     Raises:
       ValueError: the folder holds results of other settings.
     """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
+    path, settings = local_path(folder) / "settings.json", json.loads(json.dumps(settings, default=str))
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = sorted(name for name in before.keys() & settings.keys() if before[name] != settings[name])
-    if changed:
-        differences = "; ".join(f"{name}: {before[name]!r} then, {settings[name]!r} now" for name in changed)
-        raise ValueError(
-            f"{folder} was begun with other settings ({differences}); repeat those or take another folder."
-        )
+    if changes := differences(before, settings, sorted(before.keys() & settings.keys())):
+        raise ValueError(f"{folder} was begun with other settings ({changes}); repeat those or take another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, before | settings)
 
@@ -91,8 +99,7 @@ def train(config: str, workdir: Path, start: Path | str, seed: int, changes: Seq
         *(f"--config.{change}" for change in changes),
     )  # fmt: skip
     print(f"\n$ python -m a2d_jax.train {shlex.join([f'--workdir={workdir}', *arguments])}", flush=True)
-    if not a2d_jax.train.train(read_config(*arguments), workdir):
-        raise SystemExit(128 + signal.SIGTERM)
+    exit_if_stopped(a2d_jax.train.train(read_config(*arguments), workdir))
     return workdir
 
 

@@ -12,6 +12,7 @@ Everything is a command that resumes, so the study does too.
     DIR/seed<N>/{...}    trainings, evaluations, and what the programs wrote
 """
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import os
 import string
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,18 @@ from ml_collections import config_flags
 
 from a2d_jax import evaluate
 from a2d_jax.attacks import AttackSettings
-from a2d_jax.hf_io import write_beside, write_json
+from a2d_jax.files import write_beside, write_json
+from a2d_jax.judges import JudgeSettings
+from a2d_jax.progress import clock
 from a2d_jax.sampling import SamplerConfig
-from a2d_jax.stages import claim_folder, export, held, run_command, train
+from a2d_jax.scores import share
+from a2d_jax.stages import claim_folder, end_on_sigterm, export, held, run_command, train
 from a2d_jax.study_config import Part, StudyConfig, check_names
 from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
+
+
+# XLA gets and gives back its buffers with every step: in pages of 4 KB their faults are a fifth of a step on a CPU.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 class Seed:
@@ -48,9 +56,13 @@ class Seed:
         """The folder of a model; it is trained where it is not."""
         if not self._is_prepared:
             self._is_prepared = True
+            done = self.folder / "prepared.json"  # written once: another worker may be reading the files by then
             with held(self.folder / "prepared"):
-                for command in self.study.prepare:
-                    run_command(*(self.fill(word) for word in command))
+                if not done.is_file():
+                    commands = [[self.fill(word) for word in command] for command in self.study.prepare]
+                    for command in commands:
+                        run_command(*command)
+                    write_json(done, commands)
         if name not in self._models:
             base = self.study.base
             if base in self.study.trainings:
@@ -101,10 +113,12 @@ class Seed:
             sampler=SamplerConfig(**{**study.sampler, **measure.sampler}),
             attack_settings=AttackSettings(**measure.settings),
             judge=measure.judge or study.judge,
+            judge_settings=dataclasses.replace(JudgeSettings.from_dict(study.judge_settings), mesh=study.mesh),
             batch_size=study.batch_size,
             buckets=tuple(study.buckets),
             seed=self.seed,
             dtype=study.dtype,
+            mesh=study.mesh,
         )
         with held(out):
             evaluate.run(config)
@@ -134,13 +148,18 @@ def fill_part(name: str, part: Part, seed: Seed) -> None:
 
 
 def grid_records(study: StudyConfig, part: Part, seeds: Sequence[Seed]) -> list[dict[str, Any]]:
-    """One record a model, measure and seed of a grid that has been filled."""
+    """One record a model, measure and seed of a grid that has been filled; a request on which the judge gave no verdict
+    counts against the model."""
+
+    def value(scores: Mapping[str, Any], score: str) -> float:
+        return share(scores, float(scores["settings"]["expect"] == "refusal")) if score == "success" else scores[score]
+
     return [
         {
             "model": model,
             "measure": name,
             "seed": seed.seed,
-            "value": (scores := seed.results(model, name))[study.measures[name].score],
+            "value": value(scores := seed.results(model, name), study.measures[name].score),
             "num_requests": scores["num_requests"],
         }
         for seed in seeds
@@ -183,7 +202,11 @@ def section(name: str, part: Part, seeds: Sequence[Seed], workdir: Path) -> str:
 
 
 def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None, num_workers: int = 1) -> None:
-    """Runs the parts, and writes the report of all that are there."""
+    """Runs the parts, and writes the report of all that are there.
+
+    Raises:
+      RuntimeError: a worker failed, or another process has a part.
+    """
     check_names("parts", only or (), set(study.parts))
     todo = [name for name in study.parts if not only or name in only]
     print(
@@ -198,6 +221,12 @@ def run(study: StudyConfig, workdir: Path, only: Sequence[str] | None = None, nu
     else:
         work(study, workdir, todo, study.seeds)
     write_report(study, workdir)
+    pairs = [(name, Seed(study, number, workdir)) for name in todo for number in seeds_of(study, name)]
+    missing = [f"{name} of seed {seed.seed}" for name, seed in pairs if not is_filled(name, study.parts[name], seed)]
+    if missing:
+        raise RuntimeError(
+            f"{', '.join(missing)}: another process is at work on {workdir}; run again when it has ended."
+        )
     print(f"{len(todo)} parts in {time.monotonic() - start:.0f} s -> {workdir / 'study.md'}")
 
 
@@ -219,7 +248,7 @@ def work(study: StudyConfig, workdir: Path, todo: Sequence[str], hand: Sequence[
         with held(seed.folder / f"{name}.part", waits=False) as is_ours:
             if is_ours and not is_filled(name, part, seed):
                 fill_part(name, part, seed)
-        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / done * max(len(own) - done, 0)))
+        eta = clock((time.monotonic() - start) / done * max(len(own) - done, 0))
         how_far = f"{done}/{len(own)}, ETA {eta}" if done <= len(own) else "for another worker"
         if is_ours:
             print(f"== {name} of seed {number} done, {how_far}", flush=True)
@@ -246,6 +275,7 @@ def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: S
       RuntimeError: a worker failed; the others have finished.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)  # read by a process when it starts
     workers = []
     for number, hand in enumerate(hands):
         log, share = workdir / f"worker{number}.log", cores[number :: len(hands)]
@@ -256,8 +286,13 @@ def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: S
         )
         worker.start()
         workers.append(worker)
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:  # stopped: a worker that outlived this process would go on holding its parts
+        for worker in workers:
+            worker.terminate()
+            worker.join()
     failed = [str(number) for number, worker in enumerate(workers) if worker.exitcode]
     if failed:
         raise RuntimeError(
@@ -273,6 +308,7 @@ def _work(log: Path, cores: Sequence[int], study: StudyConfig, workdir: Path, to
     os.dup2(file, 1)
     os.dup2(file, 2)
     logging.set_verbosity(logging.WARNING)
+    end_on_sigterm()
     work(study, workdir, todo, hand)
 
 
@@ -293,6 +329,7 @@ def write_report(study: StudyConfig, workdir: Path) -> None:
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    end_on_sigterm()
     run(
         StudyConfig.from_dict(flags.FLAGS.config.to_dict()),
         Path(flags.FLAGS.workdir),

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from a2d_jax.evaluate import DEFAULT_BUCKETS
+from a2d_jax.batching import DEFAULT_BUCKETS
+from a2d_jax.settings import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class StudyConfig:
       prepare: commands that make a seed's data.
       base: folder of the base model, or the name of a training.
       carried: folders of bases that need no training, by seed.
-      sampler, batch_size, buckets, dtype, judge: of every evaluation.
+      sampler, batch_size, buckets, dtype, judge, mesh: of every evaluation; judge_settings: fields of `JudgeSettings`.
     """
 
     seeds: tuple[int, ...]
@@ -75,18 +76,30 @@ class StudyConfig:
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
     dtype: str = "bfloat16"
     judge: str = "keywords"
+    judge_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "StudyConfig":
-        """From a config file, where `parts` is a sequence of parts with a "name"; ValueError names what is unknown."""
-        config = dict(config)
-        for name, kind in (("trainings", Training), ("measures", Measure)):
-            config[name] = {key: kind(**value) for key, value in config[name].items()}
-        config["parts"] = {  # in their order, which the dicts of a config file do not keep
-            part["name"]: Part(**{key: value for key, value in part.items() if key != "name"})
-            for part in config["parts"]
-        }
-        study = cls(**config)
+        """From a config file, where `parts` is a sequence of parts with a "name".
+
+        Raises:
+          ValueError: names what is unknown or missing.
+        """
+        study = build(cls, config, "config")  # its trainings, measures and parts are dicts still
+        for number, part in enumerate(study.parts):
+            if "name" not in part:
+                raise ValueError(f"config.parts[{number}] lacks 'name'.")
+        study = dataclasses.replace(
+            study,
+            trainings=_build_each(Training, study.trainings, "config.trainings"),
+            measures=_build_each(Measure, study.measures, "config.measures"),
+            parts=_build_each(  # in their order, which the dicts of a config file do not keep
+                Part,
+                {part["name"]: {key: part[key] for key in part if key != "name"} for part in study.parts},
+                "config.parts",
+            ),
+        )
         study.check()
         return study
 
@@ -112,6 +125,10 @@ class StudyConfig:
                 raise ValueError(f"parts.{name}: name the tables or pictures that its command leaves in {{out}}.")
             check_names(f"parts.{name}.models", part.models, models)
             check_names(f"parts.{name}.measures", part.measures, measures)
+
+
+def _build_each(kind: type, values: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
+    return {name: build(kind, value, f"{where}.{name}") for name, value in values.items()}
 
 
 def check_names(where: str, names: Sequence[str], known: set[str]) -> None:

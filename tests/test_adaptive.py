@@ -167,6 +167,28 @@ def test_a_model_yields_after_some_steps_and_the_run_goes_on_where_it_was(checkp
     with pytest.raises(ValueError, match="its model of step 3 is gone"):
         relearn.relearn(config, base, 1, (3, 40), ["zero_shot"])
 
+    # Another attacker is another curve, although every number is there.
+    config.optimizer.learning_rate = 1e-6
+    with pytest.raises(ValueError, match="begun with other settings.*learning_rate"):
+        relearn.relearn(config, base, 1, (40, 0), ["zero_shot"])
+
+
+def test_a_training_that_was_stopped_is_not_attacked_as_if_it_had_ended(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(relearn, "train", lambda *_: False)  # what train answers to SIGTERM
+    config = config_of(checkpoint, tmp_path, num_steps=None)
+    with pytest.raises(SystemExit):
+        relearn.relearn(config, evaluation(checkpoint, tmp_path), 1, (5,), ["zero_shot"])
+    assert not (tmp_path / "out" / "step5").exists()
+
+
+def test_tries_without_a_verdict_are_no_failures():
+    of = lambda *verdicts: adaptive._best([{"success": verdict} for verdict in verdicts])["success"]  # noqa: E731
+    assert (of(0.0, None), of(None, 1.0), of(0.0, 0.4), of(None, None)) == (None, 1.0, 0.0, None)
+    row = {"variant": "dija", "plain": "dija", "success": None, "plain_success": None, "tries": 1}
+    assert adaptive.table([row | {"num_requests": 2, "num_unscored": 2}]).splitlines()[1].split() == (
+        ["dija", "-", "1", "2", "2", "not", "judged"]
+    )
+
 
 def tells(row, completion):
     return "salt salt" in completion

@@ -90,6 +90,11 @@ def test_fits_fills_masks_in_the_user_turn(tokenizer):
     expect(tokenizer, given, PROMPT.format(f"here is the bane. {MASK * 4} let it rest."))
 
 
+def test_fits_reads_template_files(tokenizer):
+    given = build(tokenizer, "fits", {"BehaviorID": "b", "Behavior": "make", "Refined_behavior": "sure. <mask:2>"})
+    expect(tokenizer, given, PROMPT.format(f"sure. {MASK * 2}"))
+
+
 def test_fits_masks_the_sentence_of_the_given_number(tokenizer):
     text = "here is the bane. mix salt with ink. let it rest."
     given = build(tokenizer, "fits", {"text": text, "sentence": 1})
@@ -181,7 +186,7 @@ def test_rewritten_prompts_are_the_user_turn(tokenizer, attack):
         ("dija_short", {"Refined_behavior": "<mask:2>"}, {}, "the key 'Behavior' or"),
         ("dija_split", {"Refined_behavior": "mix <mask:1>"}, {}, "no run of masks in .* can be split"),
         ("fits_split", {"text": "boil it."}, {}, "template without masks"),
-        ("fits", {"Behavior": "x"}, {}, "'text' is missing"),
+        ("fits", {"Behavior": "x"}, {}, "'text' or 'Refined_behavior' is missing"),
         ("fits", {"text": "boil it."}, {}, "template without masks"),
         ("fits", {"text": "boil it. rest.", "sentence": 2}, {}, "'sentence' is 2; the text has 2 sentences"),
         ("fits", {"text": "boil it. rest.", "sentence": "1"}, {}, "'sentence' is '1'"),

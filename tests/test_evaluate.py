@@ -334,6 +334,8 @@ def test_contrast_prompts_are_no_over_refusal():
     assert (scores["over_refusal"], scores["num_requests"]) == (0.5, 2)
     assert scores["contrast"]["refused"] == pytest.approx(2 / 3) and scores["contrast"]["num_requests"] == 3
     assert scores["groups"]["contrast_homonyms"]["num_requests"] == 3
+    assert scores["groups"]["contrast_homonyms"]["refused"] == pytest.approx(2 / 3)
+    assert scores["groups"]["homonyms"]["over_refusal"] == 0.5
     assert "groups" not in add_up([{}] * 5, records, "refusal")
 
 

@@ -12,7 +12,7 @@ from a2d_jax.judges.api import ApiJudge, ApiSettings, parse_rating, question
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request by `reply(text of the user message)`: a text, a (status, body), or "sleep"."""
+    """Answers each request by `reply(text of the user message)`: a text, a (status, body), bytes, or "sleep"."""
 
     daemon_threads = True
 
@@ -35,16 +35,16 @@ class Handler(BaseHTTPRequestHandler):
         if answer == "sleep":
             time.sleep(1)
             return
-        status, content = (200, answer) if isinstance(answer, str) else answer
-        if status == 200:
+        status, content = answer if isinstance(answer, tuple) else (200, answer)
+        if isinstance(answer, str):
             message = {"role": "assistant", "content": content}
             content = {
                 "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             }  # fmt: skip
-        data = json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("retry-after-ms", "1")
         self.end_headers()
@@ -124,6 +124,14 @@ def test_rows_without_a_rating_are_unscored(serve):
     assert len(server.requests) == 8  # the timeout and the failing server were asked twice
 
 
+@pytest.mark.parametrize("reply", [b"<html>busy</html>", b'{"choices": [', b"[1]", b'{"choices": [{"message": null}]}'])
+def test_what_no_such_api_sends_leaves_the_row_unscored(serve, reply):
+    server = serve(lambda text: reply if "request 0" in text else "Rating: [[10]]")
+    scores = rate(server, ["a", "b"])
+    assert [score.success for score in scores] == [None, 1.0]
+    assert scores[0].details["unscored"]
+
+
 def test_busy_servers_are_asked_again(serve):
     counts = iter(range(10))
     server = serve(lambda text: (429, {"error": {"message": "slow down"}}) if next(counts) < 2 else "[[5]]")
@@ -190,7 +198,9 @@ def test_key_comes_from_the_environment_and_is_not_written(serve, monkeypatch, t
         score_all(load_judge("api", JudgeSettings(api=ApiSettings())), [{"Behavior": "x"}], ["y"])
 
 
-@pytest.mark.parametrize("changes", [{"success_rating": 11}, {"requests_per_minute": 0}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"success_rating": 11}, {"requests_per_minute": 0}, {"timeout": 0}, {"max_cost": 5}]
+)
 def test_wrong_settings_are_named(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}={next(iter(changes.values()))}"):
         ApiSettings(**changes)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from a2d_jax.scores import auc, early_rejection, safety_costs, summarize, summarize_groups
+from a2d_jax.scores import auc, early_rejection, first_step_auc, summarize, summarize_groups
 
 
 def record(prob=0.5, num_forward=32, success=0.0, is_refused=False, is_rejected=False):
@@ -73,6 +73,11 @@ def test_auc_counts_the_pairs_won():
     assert auc(positive, negative) == pytest.approx(won.mean())
 
 
+def test_contrast_prompts_are_no_negatives():
+    harmful, contrast = [record(prob=0.9)] * 2, record(prob=0.95) | {"is_safe": False}
+    assert first_step_auc(harmful, [record(prob=0.1) | {"is_safe": True}, record(prob=0.2), contrast]) == 1.0
+
+
 def test_auc_needs_finite_numbers():
     for values in ([], [float("nan")]):
         with pytest.raises(ValueError, match="the negative values are"):
@@ -109,27 +114,3 @@ def test_default_threshold_is_the_lowest_without_over_refusal():
 def test_early_rejection_needs_full_decodings():
     with pytest.raises(ValueError, match="evaluate without it"):
         early_rejection([record(is_rejected=True)], [record()])
-
-
-def watched(*eos_prob, is_rejected=False):
-    return {"eos_prob": list(eos_prob), "num_forward": len(eos_prob), "is_rejected": is_rejected}
-
-
-def test_costs_of_monitors_by_hand():
-    harmless = [watched(0.1, 0.2, 0.1, 0.0), watched(0.3, 0.1, 0.6, 0.1)]
-    harmful = {"dija": [watched(0.4, 0.9, 0.9), watched(0.2, 0.2, 0.7), watched(0.1, 0.1, 0.1)]}
-    once, always, generous = (
-        safety_costs(harmful, harmless, [rate], [steps])[0] for rate, steps in [(0, 1), (0, None), (0.5, None)]
-    )
-    assert once["threshold"] == pytest.approx(0.3) and always["threshold"] == pytest.approx(0.6)
-    assert [row["refused"] for row in (once, always)] == pytest.approx([1 / 3, 2 / 3])
-    assert [row["passes_to_refusal"] for row in (once, always)] == [1, 2.5]
-    assert [row["forward_passes"] for row in (once, always)] == pytest.approx([7 / 3, 8 / 3])
-    assert [row["full_forward_passes"] for row in (once, always)] == [3, 3]
-    assert [row["over_refusal"] for row in (once, always, generous)] == [0, 0, 0.5]
-    assert generous["threshold"] == pytest.approx(0.2) and generous["attack"] == "dija"
-
-
-def test_costs_of_monitors_need_full_decoding():
-    with pytest.raises(ValueError, match="stopped by a monitor"):
-        safety_costs({"zero_shot": [watched(0.9, is_rejected=True)]}, [watched(0.1)])

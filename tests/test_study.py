@@ -102,6 +102,11 @@ def test_a_part_is_measured_once(study, workdir, capfd):
         ({"parts": [{"name": "p", "title": "P", "models": ("a2d",)}]}, "give a command, or models and measures"),
         ({"parts": [{"name": "p", "title": "P", "command": ("a2d_jax.world",)}]}, "name the tables or pictures"),
         ({"trainings": {"a2d": {"config": "c", "start": "sft"}}}, "trainings.a2d.start names sft"),
+        ({"carryed": {}}, "config has no field 'carryed'"),
+        ({"trainings": {"a2d": {"config": "c", "strat": "base"}}}, "config.trainings.a2d has no field 'strat'"),
+        ({"measures": {"fits": {"attack": "fits"}}}, "config.measures.fits lacks 'prompts'"),
+        ({"parts": [{"name": "p", "titel": "P"}]}, "config.parts.p has no field 'titel'"),
+        ({"parts": [{"title": "P"}]}, "config.parts.0. lacks 'name'"),
     ],
 )
 def test_unknown_names_are_refused(study, change, message):
@@ -158,6 +163,23 @@ def test_a_worker_does_its_own_seeds_first_then_what_nobody_has_begun(study, tmp
     done.clear()
     work(three, tmp_path, ["grid", "world"], [1])
     assert done == [("world", 2), ("grid", 2)]
+
+
+def test_a_part_that_another_process_has_is_named(study, tmp_path):
+    with (
+        held(tmp_path / "seed0" / "grid.part"),
+        pytest.raises(RuntimeError, match="grid of seed 0: another process is at work"),
+    ):
+        run(study, tmp_path, ["grid"])
+
+
+def test_a_seed_is_prepared_once(study, tmp_path, monkeypatch):
+    """By another worker too, that would otherwise write files anew which this one reads."""
+    commands = []
+    monkeypatch.setattr("a2d_jax.study.run_command", lambda *command: commands.append(command))
+    for _ in range(2):
+        Seed(study, 0, tmp_path).model("base")
+    assert commands == [("a2d_jax.world", "--seed=0", f"--out={tmp_path}/seed0/world")]
 
 
 @pytest.mark.slow

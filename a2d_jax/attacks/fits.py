@@ -12,7 +12,8 @@ _SENTENCE = re.compile(r"\S.*?[.!?]+(?=\s|$)|\S.*$", re.DOTALL)
 
 
 def fits(row: Mapping[str, Any], tokenizer: Tokenizer, settings: AttackSettings) -> AttackInput:
-    """Row keys: "text" with `<mask:N>`, or "text" and "sentence" (the index, from 0, of the sentence to mask).
+    """Row keys: "text" (template files call it "Refined_behavior") with `<mask:N>`, or with "sentence", the index, from
+    0, of the sentence to mask.
 
     In the response turn the row's "Behavior" is the request that the text answers.
     """
@@ -26,12 +27,12 @@ def fits_split(row: Mapping[str, Any], tokenizer: Tokenizer, settings: AttackSet
 
 
 def _template_of(row: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    text = text_of(row, "text")
+    text = text_of(row, "text", "Refined_behavior")
     if "sentence" in row:
         text = mask_sentence(text, row["sentence"], tokenizer)
     if not has_mask_runs(text):
         raise ValueError(
-            f"'text' is a template without masks: {text[:80]!r}; write <mask:N> for N tokens to fill in, or name "
+            f"the text is a template without masks: {text[:80]!r}; write <mask:N> for N tokens to fill in, or name "
             "the sentence to mask by the key 'sentence'"
         )
     return text

@@ -9,7 +9,6 @@ published evaluations of diffusion models ask the classifier about all, and so d
 FunctionalCategory in results.json keep them apart.
 """
 
-import contextlib
 import functools
 import os
 import time
@@ -24,7 +23,8 @@ from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.config import load_config
 from a2d_jax.judges.base import Row, Score, behavior_of
 from a2d_jax.pretrained import hf_files, load_pretrained
-from a2d_jax.sharding import make_mesh
+from a2d_jax.progress import clock
+from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
 
 MAX_COMPLETION_TOKENS = 512
@@ -149,7 +149,7 @@ class HarmBenchJudge:
             if time.monotonic() - shown > 10:
                 shown, num_done = time.monotonic(), first + len(group)
                 rate = num_done / (shown - begun)
-                eta = time.strftime("%H:%M:%S", time.gmtime((len(order) - num_done) / rate))
+                eta = clock((len(order) - num_done) / rate)
                 print(f"judged {num_done}/{len(order)}, {rate:.2f}/s, ETA {eta}", flush=True)
         return scores
 
@@ -160,6 +160,6 @@ class HarmBenchJudge:
         lengths = np.ones(self._batch_size, np.int32)
         for i, ids in enumerate(inputs):
             tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-        with jax.set_mesh(self._device_mesh) if self._device_mesh is not None else contextlib.nullcontext():
+        with under(self._device_mesh):
             logits = np.asarray(_next_logits(*self._model, tokens, lengths))[: len(inputs)]
         return logits[:, self._yes].max(axis=1) - logits[:, self._no].max(axis=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -28,6 +29,14 @@ class JudgeSettings:
     batch_size: int = 8
     mesh: tuple[int, ...] | None = None
     api: ApiSettings = ApiSettings()
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "JudgeSettings":
+        """From a config file, where "api" holds the fields of `ApiSettings`; ValueError names what is unknown."""
+        try:
+            return cls(**{**settings, "api": ApiSettings(**settings.get("api", {}))})
+        except TypeError as error:
+            raise ValueError(f"judge_settings: {error}.") from error
 
 
 def load_judge(name: str, settings: JudgeSettings | None = None) -> Judge | Any:
