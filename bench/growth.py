@@ -4,13 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from a2d_jax.hf_io import write_beside
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from a2d_jax.plots import plt, save_figure
 
 
 def measure_growth(
@@ -40,6 +36,4 @@ def plot_growth(path: Path, rows: Mapping[str, Mapping[str, Any]], fixed: Mappin
         axes.set_xlabel(name + "; " + ", ".join(f"{key} = {value}" for key, value in fixed.items() if key != name))
         axes.legend()
     panels[0].set_ylabel(what)
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    save_figure(path, figure)

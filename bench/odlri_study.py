@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax.config import load_config
-from a2d_jax.hf_io import SafetensorsFolder, write_beside, write_json
+from a2d_jax.files import write_beside, write_json
+from a2d_jax.hf_io import SafetensorsFolder
+from a2d_jax.plots import plt, save_figure
 from a2d_jax.pretrained import load_pretrained
-from a2d_jax.stages import claim_folder
+from a2d_jax.progress import clock
+from a2d_jax.stages import claim_folder, exit_if_stopped
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax import calibrate, compress
 from odlri_jax.calibration import Calibration
@@ -42,9 +44,6 @@ from odlri_jax.decompose import decompose
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.export import export
 from odlri_jax.perplexity import perplexity
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 
 STARTS = ("zero", "svd", "odlri", "auto")
 NUM_OUTLIERS, MAX_SEEDS = 8, 10
@@ -212,16 +211,10 @@ def plot_num_outliers(path: Path, errors: Mapping[str, Mapping[str, float]], wha
     axes.set_ylabel("error / error of the zero start")
     axes.set_title(f"{what}: SmolLM2-135M, layer {SWEEP_LAYER}, rank 32, 16-bit factors")
     axes.legend(ncols=4, fontsize="small")
-    save_figure(figure, path)
+    save_figure(path, figure)
 
 
 # -- tables and plots -------------------------------------------------------------------------------------------------
-
-
-def save_figure(figure, path: Path) -> None:
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
@@ -285,7 +278,7 @@ def plot_starts(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(range(len(by_setting)), [f"rank {r}, {b}-bit\n{t} iterations" for r, b, t in by_setting])
     axes.set_ylabel(f"perplexity, {MAX_WINDOWS} windows of {CONTEXT_LENGTH}")
     axes.legend(ncols=5, fontsize="small")
-    save_figure(figure, path)
+    save_figure(path, figure)
 
 
 def write_tables(out: Path, names: Sequence[str], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -333,15 +326,14 @@ def main(_) -> None:
     )
 
     moments = out / "moments"
-    calibrate.run(
-        calibrate.CalibrateConfig(
-            checkpoint=smollm2,
-            out=str(moments),
-            text=str(calibration_text),
-            context_length=CALIBRATION_LENGTH,
-            num_windows=CALIBRATION_WINDOWS,
-        )  # fmt: skip
+    calibration = calibrate.CalibrateConfig(
+        checkpoint=smollm2,
+        out=str(moments),
+        text=str(calibration_text),
+        context_length=CALIBRATION_LENGTH,
+        num_windows=CALIBRATION_WINDOWS,
     )
+    exit_if_stopped(calibrate.run(calibration))
     tokens = evaluation_tokens(smollm2, text)
     start = time.monotonic()
     for i, name in enumerate(todo):
@@ -354,7 +346,7 @@ def main(_) -> None:
             compressed_row(name, rows[name], smollm2, moments, out, tokens)
         write_tables(out, list(table_rows(True, MAX_SEEDS)), settings)
         elapsed = time.monotonic() - start
-        eta = time.strftime("%H:%M:%S", time.gmtime(elapsed / (i + 1) * (len(todo) - i - 1)))
+        eta = clock(elapsed / (i + 1) * (len(todo) - i - 1))
         print(f"{name} done, {i + 1}/{len(todo)}, ETA {eta}", flush=True)
     records = write_tables(out, list(table_rows(True, MAX_SEEDS)), settings)
     print((out / "study.md").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from a2d_jax.sharding import batch_sharding, make_mesh, param_shardings, partiti
 from a2d_jax.throughput import forward_flops, train_flops
 from launch.settings import architecture
 from odlri_jax import calibration
-from odlri_jax.decompose import _decompose_stack
+from odlri_jax.decompose import decompose_stack_jitted
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.packed_io import pack_shapes
 
@@ -183,14 +183,14 @@ def calibrate_step(config: Mapping[str, Any], devices) -> Step:
         context = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), context)
 
         def zeros(n: int) -> jax.ShapeDtypeStruct:
-            spec = partition_spec(calibration._ROWS, (n, n), mesh)
+            spec = partition_spec(calibration.ROWS, (n, n), mesh)
             return jax.ShapeDtypeStruct((n, n), jnp.float32, sharding=NamedSharding(mesh, spec))
 
         sums = {name: zeros(n) for name, n in calibration.input_widths(model_config).items()}
         index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         x = _rows(mesh, (*shape, model_config.width), dtypes.compute)
         with jax.set_mesh(mesh):
-            return calibration._observe_layer.lower(
+            return calibration.observe_layer.lower(
                 block_def, (state["blocks"], is_sliding), index, x, context, _rows(mesh, shape, bool),
                 calibration.Moments(sums, dict(sums)),
             )  # fmt: skip
@@ -229,7 +229,7 @@ def decompose_step(config: Mapping[str, Any], devices, shape: tuple[int, int] | 
         stack = split(PartitionSpec(mesh.axis_names))
         key = jax.eval_shape(lambda: jax.random.key(0))
         with jax.set_mesh(mesh):
-            return _decompose_stack.lower(
+            return decompose_stack_jitted.lower(
                 jax.ShapeDtypeStruct((mesh.size, m, n), jnp.float32, sharding=stack),
                 jax.ShapeDtypeStruct((mesh.size, n, n), jnp.float32, sharding=stack),
                 jax.ShapeDtypeStruct((mesh.size,), key.dtype, sharding=stack),

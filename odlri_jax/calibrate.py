@@ -5,17 +5,15 @@
     python -m odlri_jax.calibrate --checkpoint DIR --rows harmless.jsonl,harmful.jsonl --out DIR --num_windows 512
 
 Causal models see the windows as they are, LLaDA and Dream with tokens masked at random as in training: of rows, the
-response alone. Each group of
-layers takes one pass over the windows; --layers_per_group bounds how many layers' H are in memory at once. Run again
-with the same folder, it keeps the files of finished groups and takes the group that was cut off from its start; at
-SIGTERM it ends so, with code 0. On several hosts (`a2d_jax/distributed.py`) each runs the same command with --mesh,
-walks the windows of its own devices, and process 0 writes.
+response alone. Each group of layers takes one pass over the windows; --layers_per_group bounds how many layers' H are
+in memory at once. Run again with the same folder, it keeps the files that are there and takes a group that lacks one,
+cut off or deleted, from its start; at SIGTERM it ends so, with code 0. On several hosts (`a2d_jax/distributed.py`) each
+runs the same command with --mesh, walks the windows of its own devices, and process 0 writes.
 
     DIR/layer_000.safetensors ..., DIR/head.safetensors (--head), DIR/calibration.json: see `odlri_jax/calibration.py`
     DIR/unfinished.json   the settings, until calibration.json takes its place
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -41,11 +39,13 @@ from a2d_jax.distributed import (
     say,
 )
 from a2d_jax.distributed import define_flags as define_host_flags
-from a2d_jax.evaluate import weights_fingerprint
-from a2d_jax.hf_io import write_json, write_safetensors
+from a2d_jax.files import local_path, write_json
+from a2d_jax.hf_io import write_safetensors
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.pretrained import hf_files, load_pretrained
-from a2d_jax.sharding import batch_sharding, make_mesh
+from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
+from a2d_jax.progress import clock
+from a2d_jax.resume import differences
+from a2d_jax.sharding import batch_sharding, make_mesh, under
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.calibration import (
     CALIBRATION_NAME,
@@ -122,18 +122,15 @@ def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -
 
 
 def check_folder(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `out` is complete; ValueError where it was begun with other settings, or nobody knows with which."""
+    """Whether `out` was completed; ValueError where it was begun with other settings, or nobody knows with which."""
     is_complete = (out / CALIBRATION_NAME).is_file()
     path = out / (CALIBRATION_NAME if is_complete else UNFINISHED_NAME)
     if not path.is_file():
         if any(out.glob("layer_*.safetensors")):
             raise ValueError(f"{out} holds layers without {UNFINISHED_NAME}, of unknown settings; give another --out.")
         return False
-    before = read_calibration_json(path)
-    changed = [name for name, value in settings.items() if before.get(name) != value]
-    if changed:
-        differences = "; ".join(f"{name}: {before.get(name)!r} then, {settings[name]!r} now" for name in changed)
-        raise ValueError(f"{out} was begun with other settings ({differences}); repeat those or give another --out.")
+    if changes := differences(read_calibration_json(path), settings, settings):
+        raise ValueError(f"{out} was begun with other settings ({changes}); repeat those or give another --out.")
     return is_complete
 
 
@@ -149,7 +146,7 @@ def group_files(layers: range, num_layers: int, has_head: bool) -> list[str]:
 
 
 def write_moments(out: Path, group: Group, num_tokens: int) -> None:
-    """One file a layer, each written beside and renamed; all processes call it, process 0 writes.
+    """One file a layer, each written beside and renamed, where there is none; all processes call it, process 0 writes.
 
     Raises:
       ValueError: numbers that are not finite, before anything of that layer is written.
@@ -164,8 +161,9 @@ def write_moments(out: Path, group: Group, num_tokens: int) -> None:
                 "leave the number format; check the checkpoint, or give --dtype float32."
             )
         shapes = {name: (h.shape, h.dtype) for name, h in tensors.items()}
-        if is_main():
-            write_safetensors(out / layer_file(layer), shapes, tensors.__getitem__)
+        path = out / layer_file(layer)
+        if is_main() and not path.is_file():
+            write_safetensors(path, shapes, tensors.__getitem__)
 
 
 def observe_group(
@@ -210,9 +208,13 @@ def _model_input(config: ModelConfig, seed: int, number, tokens: jax.Array, is_r
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(config: CalibrateConfig, is_dry: bool = False) -> None:
-    """Calibrates what is not calibrated yet."""
-    out = Path(config.out)
+def run(config: CalibrateConfig, is_dry: bool = False) -> bool:
+    """Calibrates what is not calibrated yet.
+
+    Returns:
+      Whether the folder is complete; not where a SIGTERM or the dry run left something to do.
+    """
+    out = local_path(config.out)
     model_config = load_config(hf_files(config.checkpoint))
     mesh = make_mesh(*config.mesh) if config.mesh else None
     if mesh is None and jax.process_count() > 1:
@@ -228,10 +230,10 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> None:
         )
     windows = read_windows(config, model_config)
     settings = settings_of(config, model_config, windows)
-    is_complete = check_folder(out, settings)
     num_layers = model_config.num_layers
     groups = layer_groups(num_layers, config.layers_per_group)
     is_done = [all((out / name).is_file() for name in group_files(g, num_layers, config.head)) for g in groups]
+    is_complete = check_folder(out, settings) and all(is_done)
     is_complete, is_done = from_main((np.array(is_complete), np.array(is_done)))
     todo = [group for group, done in zip(groups, is_done, strict=True) if not done]
 
@@ -252,7 +254,7 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> None:
     )
     if is_complete or is_dry:
         say(f"{out} is complete already" if is_complete else "dry run: nothing done")
-        return
+        return bool(is_complete)
 
     # --- Passes ----------------------------------------------------------------------------------------------------
     model = load_pretrained(config.checkpoint, mesh, jnp.dtype(config.dtype))
@@ -272,20 +274,20 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> None:
         now = time.monotonic()
         if now - last_print > 5 or number == num_batches:
             rate = number * config.batch_size * context_length / (now - group_start)
-            eta = time.strftime("%H:%M:%S", time.gmtime((now - start) * (work / work_done - 1)))
+            eta = clock((now - start) * (work / work_done - 1))
             name = f"layers {layers.start}-{layers.stop - 1}"
             say(f"{name}: batch {number}/{num_batches}, {rate:.0f} tokens/s, ETA {eta}")
             last_print = now
         num_observed += 1
         return preemption.is_due(num_observed)
 
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext(), Preemption() as preemption:
+    with under(mesh), Preemption() as preemption:
         for layers in todo:
             group_start = time.monotonic()
             group = observe_group(model, windows, layers, config, mesh, functools.partial(report, layers))
             if group is None:
                 say(f"stopped by SIGTERM; finished groups are kept, run the same command again: {out}")
-                return
+                return False
             write_moments(out, group, settings["num_tokens"])
             del group  # before the next one's sums are made
     if is_main():
@@ -293,6 +295,7 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> None:
         (out / UNFINISHED_NAME).unlink()
     what = f"{num_layers} layers" + (" and the head" if config.head else "")
     say(f"calibrated {what} on {settings['num_tokens']} tokens in {time.monotonic() - start:.0f} s -> {out}")
+    return True
 
 
 def define_flags() -> None:

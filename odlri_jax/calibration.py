@@ -42,7 +42,7 @@ INPUT_OF = {
 }  # fmt: skip
 _TAPS = {"attn": "q_proj", "o": "o_proj", "mlp": "gate_proj", "down": "down_proj"}  # who is listened to for each input
 
-_ROWS = ("rows", None)  # how an H is split over a mesh
+ROWS = ("rows", None)  # how an H is split over a mesh
 
 
 def input_widths(config: ModelConfig) -> dict[str, int]:
@@ -73,7 +73,7 @@ def zero_moments(model: Transformer, layers: range, has_head: bool = False) -> G
         for name, n in widths.items():
             place = jax.devices()[0]
             if mesh is not None:
-                place = NamedSharding(mesh, partition_spec(_ROWS, (n, n), mesh))
+                place = NamedSharding(mesh, partition_spec(ROWS, (n, n), mesh))
             arrays[name] = jnp.zeros((n, n), jnp.float32, device=place)
         return arrays
 
@@ -90,7 +90,7 @@ def product_sum(x: jax.Array, is_counted: jax.Array) -> jax.Array:
     x = jnp.where(is_counted[..., None], x, 0)
     # bfloat16 inputs are multiplied as they are: their products are exact in float32.
     h = jnp.einsum("bti,btj->ij", x, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return constrain(h, *_ROWS)
+    return constrain(h, *ROWS)
 
 
 def add_exactly(total: jax.Array, lost: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +137,8 @@ def _enter(graphdef, state, tokens, attention_mask, first) -> tuple[jax.Array, L
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames=("x", "moments"))
-def _observe_layer(block_def, stack, index, x, context, attention_mask, moments) -> tuple[jax.Array, Moments]:
+def observe_layer(block_def, stack, index, x, context, attention_mask, moments) -> tuple[jax.Array, Moments]:
+    """x (B, T, D) after layer `index` (), and `moments` with the inputs of its projections added; both are given up."""
     block, is_sliding = _block_at(block_def, stack, index)
     seen = tap(block)
     x = block(x, context.mask(is_sliding), context.cos, context.sin)
@@ -175,7 +176,7 @@ def observe(model: Transformer, tokens: jax.Array, attention_mask: jax.Array, gr
     block_def, stack = model.layer_stack()
     observed: Group = {}
     for layer in layers:
-        x, observed[layer] = _observe_layer(block_def, stack, np.int32(layer), x, context, attention_mask, group[layer])
+        x, observed[layer] = observe_layer(block_def, stack, np.int32(layer), x, context, attention_mask, group[layer])
     if None in group:
         observed[None] = _observe_head(*nnx.split(model.final_norm), x, attention_mask, group[None])
     return observed
@@ -237,25 +238,29 @@ class Calibration:
         self.settings = read_calibration_json(path)
         self.num_layers: int = self.settings["num_layers"]
 
+    def check_head(self) -> None:
+        """ValueError where the folder holds no H of the head."""
+        if not (self.folder / layer_file(None)).is_file():
+            raise ValueError(f"{self.folder} holds no H of the head; calibrate with --head into another folder.")
+
     def second_moment(self, projection: str, layer: int | None = None) -> np.ndarray:
         """H (n, n) float32 of the input of "q_proj", ..., "down_proj" in a layer, or of "lm_head" (layer None)."""
         if projection not in INPUT_OF:
             raise ValueError(f"no linear layer is called {projection!r}; known: {sorted(INPUT_OF)}.")
         name = INPUT_OF[projection]
         if name == "head":
+            self.check_head()
             layer = None
         elif layer is None or not 0 <= layer < self.num_layers:
             raise ValueError(f"{projection} of layer {layer}: {self.folder} holds layers 0 to {self.num_layers - 1}.")
         path = self.folder / layer_file(layer)
-        if name == "head" and not path.is_file():
-            raise ValueError(f"{self.folder} holds no H of the head; calibrate with --head into another folder.")
         try:
             with safe_open(path, framework="np") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}); it is damaged or absent: delete it and {CALIBRATION_NAME}, and run "
-                "odlri_jax.calibrate again."
+                f"{path} cannot be read ({error}); it is damaged or absent: delete it, and run odlri_jax.calibrate "
+                "with the same settings again, which makes it anew."
             ) from error
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from a2d_jax.sharding import is_for_tpu
+from odlri_jax.matmul import matmul
 
 MAX_PANEL = 128
 
@@ -24,10 +25,10 @@ def by_panels(h: jax.Array) -> jax.Array:
         start = index * width
         rows = jax.lax.dynamic_slice_in_dim(lower, start, width)  # (width, n), of the panels before
         panel = jax.lax.dynamic_slice_in_dim(h, start, width, axis=1)  # (n, width)
-        panel = panel - jnp.matmul(lower, rows.T, precision=jax.lax.Precision.HIGHEST)
+        panel = panel - matmul(lower, rows.T)
         root = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(panel, start, width))
         inverse = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
-        below = jnp.matmul(panel, inverse.T, precision=jax.lax.Precision.HIGHEST)  # (n, width)
+        below = matmul(panel, inverse.T)  # (n, width)
         panel = jnp.where(jnp.arange(n)[:, None] >= start + width, below, 0)
         panel = jax.lax.dynamic_update_slice_in_dim(panel, root, start, axis=0)
         return jax.lax.dynamic_update_slice_in_dim(lower, panel, start, axis=1)

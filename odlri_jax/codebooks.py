@@ -23,14 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from odlri_jax.matmul import matmul
+
 BLOCK = 8  # dimension of the lattice points; every codebook rounds blocks of so many columns
 
 # The patterns of norm 12: 3/2 where the bit is set (bit i = coordinate i), 1/2 elsewhere (QuIP#, appendix C).
 _NORM_12 = bytes.fromhex("f1f2f4f8 375767 97a7c7 3b5b6b 9babcb 3d5d6d 9dadce 3e5e6e 9eaeec 73")
 
-# Bit i of the low byte of an index flips coordinates 0 and _FLIP_COORDINATE[i]; bit 0 flips nothing and so only chooses
+# Bit i of the low byte of an index flips coordinates 0 and FLIP_COORDINATE[i]; bit 0 flips nothing and so only chooses
 # the shift, by the parity of the byte.
-_FLIP_COORDINATE = (0, 2, 4, 6, 1, 3, 5, 7)
+FLIP_COORDINATE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _SIGN_BIT, _SHIFT_BIT = 16, 24  # a code: two bits of magnitude a coordinate, then eight signs, then the shift
 
@@ -39,7 +41,7 @@ _SIGN_BIT, _SHIFT_BIT = 16, 24  # a code: two bits of magnitude a coordinate, th
 
 
 @functools.cache
-def _patterns() -> np.ndarray:
+def patterns() -> np.ndarray:
     """(256, 8) magnitudes 0, 1, 2 standing for 1/2, 3/2, 5/2, in the order of the index's high byte."""
     ball = [p for p in itertools.product(range(3), repeat=BLOCK) if sum((x + 0.5) ** 2 for x in p) <= 10]
     extra = [[mask >> i & 1 for i in range(BLOCK)] for mask in _NORM_12]
@@ -132,13 +134,13 @@ def _e8p_values(code: jax.Array) -> jax.Array:
 @functools.cache
 def _index_tables() -> tuple[np.ndarray, np.ndarray]:
     """Code without shift of each index; high byte of the index of each set of magnitudes (-1 where none has it)."""
-    pattern = _patterns()
+    pattern = patterns()
     levels = (pattern << 2 * np.arange(BLOCK)).sum(axis=1)  # (256,)
     signs = np.zeros((256, BLOCK), np.int32)
     for bit in range(1, BLOCK):
         is_set = np.arange(256) >> bit & 1
         signs[:, 0] ^= is_set
-        signs[:, _FLIP_COORDINATE[bit]] ^= is_set
+        signs[:, FLIP_COORDINATE[bit]] ^= is_set
     is_odd = pattern.sum(axis=1) % 2  # (256,) an odd sum of magnitudes: the last entry is negative by default
     all_signs = np.broadcast_to(signs, (256, 256, BLOCK)).copy()
     all_signs[:, :, -1] ^= is_odd[:, None]
@@ -158,7 +160,7 @@ def _e8p_index(code: jax.Array) -> jax.Array:
     is_odd = _parity(code & 0x5555)  # the low bit of each magnitude: an odd number of 3/2
     signs = (code >> _SIGN_BIT & 0xFF) ^ is_odd << BLOCK - 1
     low = functools.reduce(
-        jnp.bitwise_or, [(signs >> _FLIP_COORDINATE[bit] & 1) << bit for bit in range(1, BLOCK)], jnp.zeros_like(code)
+        jnp.bitwise_or, [(signs >> FLIP_COORDINATE[bit] & 1) << bit for bit in range(1, BLOCK)], jnp.zeros_like(code)
     )
     return high << 8 | low | (_parity(low) ^ (code >> _SHIFT_BIT & 1))
 
@@ -182,7 +184,7 @@ def e8_points() -> np.ndarray:
 def _e8_nearest(x: jax.Array) -> jax.Array:
     """Index of the nearest of the 256 E8 points to x (..., 8): one small matrix product."""
     points = jnp.asarray(e8_points())
-    score = jnp.matmul(x, points.T, precision=jax.lax.Precision.HIGHEST) - (points**2).sum(axis=1) / 2  # (..., 256)
+    score = matmul(x, points.T) - (points**2).sum(axis=1) / 2  # (..., 256)
     return jnp.argmax(score, axis=-1).astype(jnp.int32)
 
 

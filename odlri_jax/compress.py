@@ -30,12 +30,14 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 
 from a2d_jax.config import ModelConfig, load_config
-from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, write_json, write_safetensors
+from a2d_jax.files import local_path, write_json
+from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, check_tied_head, write_safetensors
 from a2d_jax.models.naming import tensor_names
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
+from a2d_jax.progress import clock
+from a2d_jax.resume import differences
 from odlri_jax.calibration import Calibration
-from odlri_jax.codebooks import BLOCK
-from odlri_jax.decompose import check_inputs, decompose_stack
+from odlri_jax.decompose import check_inputs, check_shape, decompose_stack
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
@@ -97,25 +99,6 @@ def list_matrices(config: ModelConfig, has_head: bool) -> list[Matrix]:
         for name in tensor_names(config)
         if name.path[-1] == "kernel" and (name.layer is not None or has_head)
     ]
-
-
-def check_shapes(matrices: Sequence[Matrix], config: DecomposeConfig) -> None:
-    """ValueError with the first matrix that the settings do not fit, before any work is done."""
-    for matrix in matrices:
-        (m, n), where = matrix.shape, f"{matrix.name} {matrix.shape}"
-        if config.rank > min(m, n):
-            raise ValueError(f"rank={config.rank} is above min(m, n) = {min(m, n)} of {where}; give a lower --rank.")
-        if n % BLOCK or (m % BLOCK and config.lr_bits < 16 and config.published):
-            raise ValueError(f"{where}: the codebooks round blocks of {BLOCK}, which do not divide it.")
-        if config.init in ("odlri", "auto") and config.num_outliers > n:
-            raise ValueError(
-                f"num_outliers={config.num_outliers} is above the {n} columns of {where}; give a lower --num_outliers."
-            )
-        if config.q_codebook != "e8p" and (n % config.group or config.group % BLOCK):
-            raise ValueError(
-                f"group={config.group} must divide the {n} columns of {where} and be a multiple of {BLOCK}; give "
-                "another --group."
-            )
 
 
 def layer_groups(matrices: Sequence[Matrix], layers_per_group: int) -> dict[str, list[Matrix]]:
@@ -255,14 +238,10 @@ def settings_before(out: Path) -> dict[str, Any] | None:
 
 
 def settings_of(config: CompressConfig, calibration: Calibration, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the files of `config` depend on; compared with those of the folder.
-
-    Raises:
-      ValueError: the folder was begun with others.
-    """
+    """What the files of `config` depend on; layers_per_group, where it is not given, as in the folder (`before`)."""
     layers_per_group = config.layers_per_group or (before or {}).get("layers_per_group")
     of_calibration = {key: calibration.settings.get(key) for key in ("tokens_sha256", "weights", "num_tokens")}
-    settings = {
+    return {
         "checkpoint": str(Path(config.checkpoint).absolute()),
         "calibration": {"folder": str(Path(config.calibration).absolute()), **of_calibration},
         "seed": config.seed,
@@ -270,13 +249,12 @@ def settings_of(config: CompressConfig, calibration: Calibration, before: Mappin
         "layers_per_group": layers_per_group or len(devices_of(config)),
         **dataclasses.asdict(config.decompose),
     }
-    changed = [] if before is None else [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        differences = "; ".join(f"{key}: {before.get(key)!r} then, {settings[key]!r} now" for key in changed)
-        raise ValueError(
-            f"{config.out} was begun with other settings ({differences}); repeat those or give another --out."
-        )
-    return settings
+
+
+def check_settings(out: str, settings: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    """ValueError where the folder was begun with other settings; None: it is new."""
+    if before is not None and (changes := differences(before, settings, settings)):
+        raise ValueError(f"{out} was begun with other settings ({changes}); repeat those or give another --out.")
 
 
 def devices_of(config: CompressConfig) -> list[jax.Device]:
@@ -299,6 +277,7 @@ def open_source(config: CompressConfig) -> tuple[ModelConfig, SafetensorsFolder]
         raise ValueError(f"{folder} is packed already; give the dense checkpoint that it was made from.")
     model_config, source = load_config(folder), SafetensorsFolder(folder)
     check_tensors(model_config, source.shapes, folder)
+    check_tied_head(model_config, source)
     return model_config, source
 
 
@@ -307,7 +286,7 @@ def open_source(config: CompressConfig) -> tuple[ModelConfig, SafetensorsFolder]
 
 def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
     """Decomposes what is not decomposed yet, completes the folder and returns its report."""
-    out, begin = Path(config.out), time.monotonic()
+    out, begin = local_path(config.out), time.monotonic()
     model_config, source = open_source(config)
     calibration = Calibration(config.calibration)
     if calibration.num_layers != model_config.num_layers:
@@ -316,9 +295,14 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
             f"{model_config.num_layers}; calibrate with this checkpoint."
         )
     matrices = list_matrices(model_config, config.head)
-    check_shapes(matrices, config.decompose)
+    if config.head:
+        calibration.check_head()
+    for matrix in matrices:  # all of them before any work is done
+        check_shape(matrix.shape, config.decompose, matrix.name)
     devices = devices_of(config)
-    settings = settings_of(config, calibration, settings_before(out))
+    before = settings_before(out)
+    settings = settings_of(config, calibration, before)
+    check_settings(config.out, settings, before)
     groups = layer_groups(matrices, settings["layers_per_group"])
     is_complete = (out / MANIFEST_NAME).is_file()
     todo = [stem for stem in groups if not (is_complete or is_done(out, stem))]
@@ -356,7 +340,7 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
         num_done += len(records)
         work_done += sum(work[record["name"]] for record in records)
         elapsed = time.monotonic() - start
-        eta = time.strftime("%H:%M:%S", time.gmtime(elapsed * (remaining / work_done - 1)))
+        eta = clock(elapsed * (remaining / work_done - 1))
         kinds = ", ".join(dict.fromkeys(record["projection"] for record in records))
         errors = ", ".join(f"{record['error']:.4f}" for record in records[:4]) + (" ..." if len(records) > 4 else "")
         first = "head" if records[0]["layer"] is None else f"layer {records[0]['layer']}"

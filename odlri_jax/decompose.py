@@ -31,8 +31,8 @@ from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK
 from odlri_jax.decompose_config import DecomposeConfig, starts
 from odlri_jax.decomposition import Decomposition
-from odlri_jax.ldlq import matmul
 from odlri_jax.lowrank import QuantizedFactors
+from odlri_jax.matmul import matmul
 
 # How far "auto" follows each start. With 4-bit factors and 15 iterations the svd start leads early and zero ends lower;
 # after eight iterations the leader was the winner in 203 of the 210 matrices of SmolLM2.
@@ -197,23 +197,34 @@ def decompose_arrays(
     )
 
 
+def check_shape(shape: tuple[int, int], config: DecomposeConfig, name: str = "W") -> None:
+    """ValueError where a matrix of this shape (m, n) does not fit the config; `name` is what the message calls it."""
+    (m, n), where = shape, f"{name} {shape}"
+    if n % BLOCK:
+        raise ValueError(f"{where}: its {n} columns are not a multiple of {BLOCK}, the block of the codebooks.")
+    if config.rank > min(m, n):
+        raise ValueError(f"rank={config.rank} is above min(m, n) = {min(m, n)} of {where}; give a lower rank.")
+    if config.num_outliers > n and config.init in ("odlri", "auto"):
+        raise ValueError(
+            f"num_outliers={config.num_outliers} is above the {n} columns of {where}; give a lower num_outliers."
+        )
+    if config.published and config.lr_bits < 16 and m % BLOCK:
+        raise ValueError(f"{where}: the published factor rounding needs rows in multiples of {BLOCK}.")
+    if config.q_codebook != "e8p" and (n % config.group or config.group % BLOCK):
+        raise ValueError(
+            f"group={config.group} must divide the {n} columns of {where} and be a multiple of {BLOCK}; give another "
+            "group."
+        )
+
+
 def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Array:
     """Raises ValueError on what cannot be decomposed. -> H, or the identity, with a warning, where H is all zero."""
     if w.ndim != 2 or h.ndim != 2 or h.shape[0] != h.shape[1]:
         raise ValueError(f"W {w.shape} and H {h.shape}: W must be (m, n) and H (n, n).")
-    (m, n), rank = w.shape, config.rank
+    n = w.shape[1]
     if len(h) != n:
         raise ValueError(f"W {w.shape} and H {h.shape}: H must be ({n}, {n}), one row for each column of W.")
-    if n % BLOCK:
-        raise ValueError(f"W {w.shape}: its {n} columns are not a multiple of {BLOCK}, the block of the codebooks.")
-    if rank > min(m, n):
-        raise ValueError(f"rank={rank} is above min(m, n) = {min(m, n)} of W {w.shape}.")
-    if config.num_outliers > n and config.init in ("odlri", "auto"):
-        raise ValueError(f"num_outliers={config.num_outliers} is above the {n} columns of W.")
-    if config.published and config.lr_bits < 16 and m % BLOCK:
-        raise ValueError(f"W {w.shape}: the published factor rounding needs rows in multiples of {BLOCK}.")
-    if config.q_codebook != "e8p" and (n % config.group or config.group % BLOCK):
-        raise ValueError(f"group={config.group} must divide the {n} columns of W and be a multiple of {BLOCK}.")
+    check_shape(w.shape, config)
     for name, x in (("W", w), ("H", h)):
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{name} {x.shape} holds a value that is not finite.")
@@ -274,7 +285,9 @@ def decompose(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _decompose_stack(w, h, keys, config: DecomposeConfig, mesh: Mesh | None) -> Decomposition:
+def decompose_stack_jitted(w, h, keys, config: DecomposeConfig, mesh: Mesh | None) -> Decomposition:
+    """The program of `decompose_stack`: without its checks, for a stack that the devices of `mesh` divide."""
+
     def one_by_one(w, h, keys):
         return jax.lax.map(lambda matrix: decompose_arrays(*matrix[:2], config, matrix[2]), (w, h, keys))
 
@@ -300,7 +313,7 @@ def decompose_stack(
         filled = jnp.minimum(jnp.arange(-(-num_matrices // mesh.size) * mesh.size), num_matrices - 1)
         w, h, keys = w[filled], h[filled], keys[filled]
     with _one_blas_thread():
-        result = jax.block_until_ready(_decompose_stack(w, h, keys, config, mesh))
+        result = jax.block_until_ready(decompose_stack_jitted(w, h, keys, config, mesh))
     result = jax.tree.map(lambda x: x[:num_matrices], result)
     if not bool(jnp.isfinite(result.error).all()):
         broken = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(result.error))]

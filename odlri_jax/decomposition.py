@@ -7,7 +7,7 @@ import jax
 
 from odlri_jax import hadamard
 from odlri_jax.decompose_config import DecomposeConfig, starts
-from odlri_jax.ldlq import matmul
+from odlri_jax.matmul import matmul
 from odlri_jax.packed_tensors import matrix_bits
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from a2d_jax.config import DIFFUSION_FAMILIES, load_config
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.progress import clock
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.perplexity import Perplexity, perplexity
@@ -55,7 +56,7 @@ def main(_) -> None:
 
     def report(state: Perplexity) -> None:
         rate = state.num_windows / (time.monotonic() - start)
-        eta = time.strftime("%H:%M:%S", time.gmtime((num_windows - state.num_windows) / rate))
+        eta = clock((num_windows - state.num_windows) / rate)
         print(
             f"{state.num_windows}/{num_windows} windows, perplexity {state.perplexity:.4f}, {rate:.2f}/s, ETA {eta}",
             flush=True,

@@ -21,10 +21,10 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from a2d_jax.config import ModelConfig
+from a2d_jax.files import local_path
 from a2d_jax.hf_io import INDEX_NAME, read_tensor, save_dense
 from a2d_jax.models.lora import LoRAConfig
-from a2d_jax.models.naming import TensorName, adapter_modules, module_names, projections
+from a2d_jax.models.naming import TensorName, adapter_targets, module_names
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import NAME_PREFIX, write_adapter
@@ -32,6 +32,7 @@ from a2d_jax.pretrained import hf_files, load_pretrained
 from odlri_jax import hadamard
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_io import MANIFEST_NAME, compressed_projections, layers_of, save_packed
+from odlri_jax.report import PLOT_NAME, REPORT_NAME
 
 LAYOUTS = ("dense", "packed", "adapter")
 ADAPTER_FOLDER = "adapter"
@@ -58,15 +59,6 @@ def save_dense_checkpoint(model: Transformer, path: str | Path, part: str = "den
     save_dense(model.config, read, path)
 
 
-def adapter_targets(config: ModelConfig, paths: list[str]) -> tuple[str, ...]:
-    """What PEFT is to adapt: short names where they select just these projections, else every module by its name."""
-    names = projections(config)
-    short = tuple(dict.fromkeys(names[path] for path in paths))
-    if set(adapter_modules(config, short)) == set(paths):
-        return short
-    return tuple(module for path in paths for module in module_names(config, path))
-
-
 def save_factors_as_adapter(model: Transformer, path: str | Path, base: str) -> None:
     """Writes (L, R) of every packed matrix as a PEFT adapter with alpha = r; `base` is where Q lies."""
     packed = compressed_projections(model)
@@ -86,7 +78,7 @@ def save_factors_as_adapter(model: Transformer, path: str | Path, base: str) -> 
         return np.asarray(right if half == "A" else left * d.weight_scale)
 
     lora = LoRAConfig(rank, float(rank), 0.0, adapter_targets(model.config, list(packed)))
-    write_adapter(path, lora, shapes, read, base)
+    write_adapter(path, model.config, lora, shapes, read, base)
 
 
 def with_16_bit_factors(model: Transformer) -> Transformer:
@@ -109,7 +101,7 @@ def export(checkpoint: str, target: str | Path, layout: str, dtype: str | None =
       ValueError: nothing packed in the checkpoint, a target that is the checkpoint or a packed folder to be replaced
         by dense files, or settings that do not go together.
     """
-    target, files = Path(target), hf_files(checkpoint)
+    target, files = local_path(target), hf_files(checkpoint)
     if layout != "packed" and lr_bits is not None:
         raise ValueError(f"--lr_bits has no meaning for --layout {layout}; leave it out.")
     if layout == "packed" and dtype is not None:
@@ -125,14 +117,16 @@ def export(checkpoint: str, target: str | Path, layout: str, dtype: str | None =
     if dtype is not None:
         model.config = model.config.with_dtype(dtype)
 
+    # config.json and the manifest come last: where they are, the folder is complete. The report of a compression is of
+    # the factors that it found, which may have been trained or rounded since.
+    copy_companions(files, target, ("config.json", INDEX_NAME, MANIFEST_NAME, REPORT_NAME, PLOT_NAME))
     if layout == "packed":
         save_packed(model if lr_bits is None else with_16_bit_factors(model), target)
     elif layout == "dense":
         save_dense_checkpoint(model, target)
     else:
-        save_dense_checkpoint(model, target, "dense_q")
         save_factors_as_adapter(model, target / ADAPTER_FOLDER, str(target.absolute()))
-    copy_companions(files, target, except_for=("config.json", INDEX_NAME, MANIFEST_NAME))
+        save_dense_checkpoint(model, target, "dense_q")
     return model
 
 

@@ -147,15 +147,6 @@ def block_sizes(n: int) -> tuple[int, ...]:
     return sizes
 
 
-def hadamard_matrix(n: int) -> np.ndarray:
-    """(n, n) kron(K, S) of +-1 with K K^T = n I; ValueError where `block_sizes` has to split n."""
-    odd = n // (n & -n)
-    kernel = odd_hadamard(odd, n)
-    if kernel is None:
-        raise ValueError(f"no Hadamard matrix of order {n} is built in.")
-    return np.kron(kernel, sylvester(n // len(kernel)))
-
-
 # --- Transform --------------------------------------------------------------------------------------------------------
 
 

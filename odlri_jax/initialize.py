@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from odlri_jax import lowrank
 from odlri_jax.cholesky import cholesky
-from odlri_jax.ldlq import matmul
+from odlri_jax.matmul import matmul
 
 
 def outlier_channels(h: jax.Array, num_outliers: int) -> jax.Array:

@@ -37,14 +37,14 @@ TOKENS_ALIGNMENT = 16  # rows of a tile of bfloat16
 
 _ODD_BIT = 16  # of a word of the table: two bits of magnitude a coordinate, then the parity of their sum
 # Bit of an index's low byte that flips coordinate c; those of 0 and 7 depend on more.
-_SIGN_BIT = {c: bit for bit, c in enumerate(codebooks._FLIP_COORDINATE) if bit}
+_SIGN_BIT = {c: bit for bit, c in enumerate(codebooks.FLIP_COORDINATE) if bit}
 
 
 @functools.cache
 def _table(kind: str) -> np.ndarray:
     """(2, 128) int32: the words of 256 E8P patterns, or of 256 E8 points, four bits a coordinate: 2 v + 4."""
     if kind == "e8p":
-        pattern = codebooks._patterns()
+        pattern = codebooks.patterns()
         words = (pattern << 2 * np.arange(BLOCK)).sum(axis=1) | (pattern.sum(axis=1) % 2) << _ODD_BIT
     else:
         nibbles = (2 * codebooks.e8_points() + 4).astype(np.int64)

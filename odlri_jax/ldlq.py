@@ -11,7 +11,6 @@ W (m, n), H (n, n). Everything is float32, products at the highest precision: th
 condition number near n / ridge.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -22,11 +21,10 @@ from a2d_jax.sharding import is_for_tpu
 from odlri_jax import loop_linalg
 from odlri_jax.cholesky import cholesky
 from odlri_jax.codebooks import BLOCK, Codebook
+from odlri_jax.matmul import matmul
 
 MAX_PANEL = 128
 MAX_CHUNKS, MIN_CHUNK = 4, 64  # of the rows in a sweep
-
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Factors(NamedTuple):

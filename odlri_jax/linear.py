@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from a2d_jax.models.transformer import DTypes
-from a2d_jax.sharding import MESH_AXES, is_for_tpu, partition_spec
+from a2d_jax.sharding import is_for_tpu, mesh_in_force, partition_spec
 from odlri_jax import hadamard
 from odlri_jax.codebooks import LatticeCodebook
 from odlri_jax.decompose_config import DecomposeConfig
@@ -102,11 +102,10 @@ class CompressedLinear(nnx.Module):
 def _kernel_product(x, arrays, factors, codebook: LatticeCodebook, axes: tuple[str, str], plain) -> jax.Array:
     """`plain(x, arrays, factors)` by the TPU kernel, each chip with its rows of x and its part of the weights."""
     product = functools.partial(packed_product, codebook=codebook)
-    mesh = jax.sharding.get_abstract_mesh()
     rows = x.reshape(-1, x.shape[-1])  # (T, n)
     if factors is not None:
         factors = factors[0].reshape(len(rows), -1), factors[1]
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    if (mesh := mesh_in_force()) is None:
         return product(rows, arrays, factors=factors).reshape(*x.shape[:-1], -1)
     # The compiler cannot split a kernel. Weights that are split over `fsdp` are gathered, packed as they are.
     parts = partition_spec(axes[::-1], arrays["q_index"].shape, mesh)

@@ -15,12 +15,11 @@ Everything is float32 with products at the highest precision. Nothing here can b
 rounding errors keeps each Cholesky factor real, and directions without data come out as zeros or as any completion.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from odlri_jax.cholesky import cholesky
+from odlri_jax.matmul import matmul
 
 SHIFTED_ROUNDS = 5  # the fifth power of the shift's root is far below the smallest float32 ratio of singular values
 POLISHING_ROUNDS = 2  # each squares what the shift left: 1e-4, 1e-8
@@ -28,7 +27,6 @@ SWEEPS = 12  # of one-sided Jacobi; 272 columns of graded, clustered and outlyin
 REFINEMENTS = 2
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _triangular_inverse(lower: jax.Array) -> jax.Array:
@@ -49,10 +47,10 @@ def orthonormal(y: jax.Array) -> jax.Array:
     def shifted_round(_, y):
         length = jnp.sqrt(jnp.sum(y * y, axis=0))
         y = y / jnp.where(length > 0, length, 1)
-        return _matmul(y, _triangular_inverse(cholesky(_matmul(y.T, y) + shift)).T)
+        return matmul(y, _triangular_inverse(cholesky(matmul(y.T, y) + shift)).T)
 
     def polish(_, y):
-        return 1.5 * y - 0.5 * _matmul(y, _matmul(y.T, y))
+        return 1.5 * y - 0.5 * matmul(y, matmul(y.T, y))
 
     y = jax.lax.fori_loop(0, SHIFTED_ROUNDS, shifted_round, y)
     return jax.lax.fori_loop(0, POLISHING_ROUNDS, polish, y)
@@ -67,7 +65,7 @@ def left_singular(matrix: jax.Array) -> jax.Array:
     """
     k = len(matrix)
     matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
-    columns = _matmul(orthonormal(matrix.T).T, matrix.T)  # row i is column i of T
+    columns = matmul(orthonormal(matrix.T).T, matrix.T)  # row i is column i of T
     half = max(-(-k // 2), 2)
     columns = jnp.pad(columns, ((0, 2 * half - k), (0, 0)))  # an odd one out meets zeros
 
@@ -100,7 +98,7 @@ def solve_definite(gram: jax.Array, target: jax.Array) -> jax.Array:
     inverse = _triangular_inverse(cholesky(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype)))
 
     def refine(_, x):
-        return x + _matmul(inverse.T, _matmul(inverse, target - _matmul(gram, x)))
+        return x + matmul(inverse.T, matmul(inverse, target - matmul(gram, x)))
 
     return jax.lax.fori_loop(0, 1 + REFINEMENTS, refine, jnp.zeros_like(target))
 

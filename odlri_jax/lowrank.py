@@ -27,11 +27,12 @@ import jax.numpy as jnp
 from a2d_jax.sharding import is_for_tpu
 from odlri_jax import ldlq, loop_linalg
 from odlri_jax.codebooks import BLOCK, LatticeCodebook
-from odlri_jax.ldlq import matmul
+from odlri_jax.matmul import matmul
 
 MAX_EXACT = 1024  # smaller side of A up to which the singular vectors are computed in full
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
+NUM_SWEEPS = 2  # after each rounding of a factor
 
 
 def _orthonormal(y: jax.Array) -> jax.Array:
@@ -143,7 +144,6 @@ def quantized_low_rank(
     codebook: LatticeCodebook,
     inner_iters: int,
     key: jax.Array,
-    num_sweeps: int = 2,
     plain_rounding: bool = False,
 ) -> QuantizedFactors:
     """LPLR: rank-r factors of A (m, n) on the lattice.
@@ -156,7 +156,6 @@ def quantized_low_rank(
       codebook: lattice of both factors.
       inner_iters: rounds of L, then R.
       key: for the rotation of the rank, and the randomised start of large matrices.
-      num_sweeps: refinement sweeps of each rounding.
       plain_rounding: as published: nearest points, blocks of L down its columns.
 
     Returns:
@@ -182,8 +181,8 @@ def quantized_low_rank(
             right, right_scale = _round_plain(solve_right(a, left), codebook)
         else:
             metric = ldlq.factorise(ldlq.damp(matmul(matmul(right, h), right.T), 1e-4))  # (r, r)
-            left, left_scale = round_in_metric(left, metric, codebook, num_sweeps)
-            right, right_scale = round_in_metric(solve_right(a, left), factors, codebook, num_sweeps)
+            left, left_scale = round_in_metric(left, metric, codebook, NUM_SWEEPS)
+            right, right_scale = round_in_metric(solve_right(a, left), factors, codebook, NUM_SWEEPS)
         return right, better(best, left, right, left_scale, right_scale)
 
     return jax.lax.fori_loop(0, inner_iters, inner_step, (right, start))[1]

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from a2d_jax.config import ModelConfig, load_config
+from a2d_jax.files import write_json
 from a2d_jax.hf_io import (
     SafetensorsFolder,
     abstract_model,
@@ -30,7 +31,6 @@ from a2d_jax.hf_io import (
     read_tensor,
     stored_dtype,
     write_checkpoint,
-    write_json,
 )
 from a2d_jax.models.naming import TensorName, module_names, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer

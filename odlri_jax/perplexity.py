@@ -9,7 +9,6 @@ left at its end is dropped. Each window is read alone, and its tokens 1 .. T - 1
 Logits of large vocabularies are never held for a whole window: the head runs on a few positions at a time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -24,7 +23,7 @@ from a2d_jax.config import DIFFUSION_FAMILIES
 from a2d_jax.likelihood import perturb
 from a2d_jax.losses import cross_entropy
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.sharding import batch_sharding, mesh_of
+from a2d_jax.sharding import batch_sharding, mesh_of, under
 from odlri_jax.windows import cut_windows
 
 LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MB
@@ -90,7 +89,7 @@ def token_losses(model: Transformer, tokens: np.ndarray, targets: np.ndarray, ba
         batch = [np.asarray(array[rows], np.int32) for array in (tokens, targets)]
         if mesh is not None:
             batch = [jax.device_put(array, batch_sharding(mesh, array.shape)) for array in batch]
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with under(mesh):
             losses = _token_losses(graphdef, state, *batch, at_once)
         yield np.asarray(losses)[: len(tokens) - start]
 

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from a2d_jax.hf_io import write_beside, write_json
+from a2d_jax.files import write_json
+from a2d_jax.plots import plt, save_figure
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_tensors import matrix_bits
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 
 REPORT_NAME, PLOT_NAME = "report.json", "report.png"
 
@@ -85,6 +82,4 @@ def plot_errors(path: str | os.PathLike, records: Sequence[Mapping[str, Any]]) -
     axes.set_ylabel("relative error in the metric of H")
     axes.set_ylim(bottom=0)
     axes.legend(ncols=4, fontsize="small")
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    save_figure(path, figure)

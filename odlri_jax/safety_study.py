@@ -14,7 +14,8 @@ folder of its own, and resumes. Compressed models are measured as their dense ex
 the compiled programs of the others.
 
     OUT/calibrations, OUT/packed, OUT/aligned, OUT/dense, OUT/evaluations
-    OUT/results.json   one record a variant: bits a weight, error, success by attack, share answered, AUC of P([EOS])
+    OUT/results.json   one record a variant: bits a weight, error, success by attack, share answered, AUC of P([EOS]);
+                       requests without a verdict count against the model
     OUT/results.md, results.png
 """
 
@@ -26,24 +27,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax import evaluate
-from a2d_jax.hf_io import write_beside, write_json
+from a2d_jax.batching import DEFAULT_BUCKETS
+from a2d_jax.files import write_beside, write_json
+from a2d_jax.judges.loading import JudgeSettings, define_judge_flags, judge_settings_from_flags
+from a2d_jax.plots import plt, save_figure
+from a2d_jax.progress import clock
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.sampling import SamplerConfig
-from a2d_jax.scores import auc
-from a2d_jax.stages import claim_folder, train
+from a2d_jax.scores import first_step_auc, share
+from a2d_jax.stages import claim_folder, exit_if_stopped, train
 from odlri_jax import calibrate, compress
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.export import export
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 
 MIXTURE = "mixture"
 ZERO_SHOT = "zero_shot"  # the attack whose first step tells harmful from harmless requests
@@ -67,7 +68,8 @@ class StudyConfig:
     decompose: DecomposeConfig
     num_windows: int = 256
     batch_size: int = 64
-    buckets: tuple[int, ...] = evaluate.DEFAULT_BUCKETS
+    buckets: tuple[int, ...] = DEFAULT_BUCKETS
+    judge_settings: JudgeSettings = JudgeSettings()
     seed: int = 0
     align: str | None = None
     align_config: str | None = None
@@ -128,16 +130,15 @@ def list_variants(config: StudyConfig) -> list[Variant]:
 def calibrated(config: StudyConfig, variant: Variant) -> Path:
     """The folder of H for a model and a source of rows."""
     folder = config.out / "calibrations" / f"{variant.model}_{variant.calibration}"
-    calibrate.run(
-        calibrate.CalibrateConfig(
-            checkpoint=config.checkpoints[variant.model],
-            out=str(folder),
-            rows=sources(config)[variant.calibration],
-            num_windows=config.num_windows,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+    given = calibrate.CalibrateConfig(
+        checkpoint=config.checkpoints[variant.model],
+        out=str(folder),
+        rows=sources(config)[variant.calibration],
+        num_windows=config.num_windows,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
+    exit_if_stopped(calibrate.run(given))
     return folder
 
 
@@ -180,6 +181,7 @@ def evaluated(config: StudyConfig, variant: Variant, checkpoint: Path | str, att
             prompts=prompts,
             out=str(config.out / "evaluations" / variant.name / name),
             judge=config.answer_judge if attack == "over_refusal" else config.judge,
+            judge_settings=config.judge_settings,
             sampler=config.sampler,
             batch_size=config.batch_size,
             buckets=config.buckets,
@@ -209,17 +211,14 @@ def measure(config: StudyConfig, variant: Variant) -> dict[str, Any]:
     separation = None
     if ZERO_SHOT in attacks:
         answers = [request for scores in harmless.values() for request in scores["requests"]]
-        separation = auc(
-            [request["eos_prob_first"] for request in attacks[ZERO_SHOT]["requests"]],
-            [request["eos_prob_first"] for request in answers],
-        )
+        separation = first_step_auc(attacks[ZERO_SHOT]["requests"], answers)
     return {
         **dataclasses.asdict(variant),
         "name": variant.name,
         "bits_per_weight": bits,
         "mean_error": error,
-        "success": {name: scores["success"] for name, scores in attacks.items()},
-        "answered": {name: scores["success"] for name, scores in harmless.items()},
+        "success": {name: share(scores, unscored=1.0) for name, scores in attacks.items()},
+        "answered": {name: share(scores, unscored=0.0) for name, scores in harmless.items()},
         "auc": separation,
     }
 
@@ -279,9 +278,7 @@ def plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     panels[0, 0].set_ylabel("success of the worst attack, %")
     panels[1, 0].set_ylabel("harmless requests answered, %")
     panels[0, 0].legend(title="calibration", fontsize="small")
-    figure.tight_layout()
-    write_beside(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -324,7 +321,7 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
     start = time.monotonic()
     for number, variant in enumerate(todo, 1):
         write_json(files[variant], measure(config, variant))
-        eta = time.strftime("%H:%M:%S", time.gmtime((time.monotonic() - start) / number * (len(todo) - number)))
+        eta = clock((time.monotonic() - start) / number * (len(todo) - number))
         print(f"== {variant.name} done, {number}/{len(todo)}, ETA {eta}", flush=True)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files.values()]
     write_json(out / "results.json", {"variants": records, "as_safe_as_uncompressed": safe_variants(records)})
@@ -357,6 +354,7 @@ def main(_) -> None:
             inits=tuple(given.inits),
             judge=given.judge,
             answer_judge=given.answer_judge,
+            judge_settings=judge_settings_from_flags(),
             sampler=sampler_config_from_flags(),
             decompose=DecomposeConfig(
                 lr_bits=given.lr_bits, outer_iters=given.outer_iters, tune_iters=given.tune_iters
@@ -385,11 +383,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("lr_bits", 16, "bits of the factors")
     flags.DEFINE_integer("outer_iters", 15, "alternations")
     flags.DEFINE_integer("tune_iters", 10, "sweeps after each rounding of Q")
-    flags.DEFINE_string("judge", "keywords", "of the attacks, as in a2d_jax.evaluate")
+    define_judge_flags()
     flags.DEFINE_string("answer_judge", "keywords", "of the harmless requests: does the completion answer?")
     flags.DEFINE_integer("num_windows", 256, "rows to calibrate on")
     flags.DEFINE_integer("batch_size", 64, "rows decoded, or calibrated on, together")
-    flags.DEFINE_list("buckets", [str(length) for length in evaluate.DEFAULT_BUCKETS], "row lengths to pad to")
+    flags.DEFINE_list("buckets", [str(length) for length in DEFAULT_BUCKETS], "row lengths to pad to")
     flags.DEFINE_integer("seed", 0, "of everything random")
     flags.DEFINE_string("align", None, "the checkpoint to align after compression")
     flags.DEFINE_string("align_config", None, "training config of that alignment")

@@ -376,19 +376,43 @@ def test_sigterm_ends_the_run_between_batches_and_keeps_finished_groups(
         return observe(*args)
 
     monkeypatch.setattr(calibrate, "observe", observe_some)
-    run(settings)  # returns
+    assert not run(settings)  # returns
     assert len(asked) == 3 and "stopped by SIGTERM" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["layer_000.safetensors", "unfinished.json"]
-    run(settings)
+    assert not run(settings, is_dry=True)
+    capsys.readouterr()
+    assert run(settings)
     assert "3 groups of up to 1 layers" in (text := capsys.readouterr().out) and "1 done" in text
     assert_same_files(tmp_path / "out", calibrated, rtol=1e-6)
 
 
 def test_a_finished_folder_is_left_as_it_is(settings, calibrated, capsys):
     before = {path: path.stat().st_mtime_ns for path in calibrated.iterdir()}
-    run(dataclasses.replace(settings, out=str(calibrated), layers_per_group=2))
+    assert run(dataclasses.replace(settings, out=str(calibrated), layers_per_group=2))
     assert "complete already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in calibrated.iterdir()} == before
+
+
+def test_a_damaged_file_is_made_anew_once_it_is_deleted(settings, calibrated, tmp_path):
+    """What the reader of such a file advises; the others stay, and nothing is added by other settings or weights."""
+    out = tmp_path / "out"
+    shutil.copytree(calibrated, out)
+    damaged, record = out / "layer_001.safetensors", out / "calibration.json"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="layer_001.safetensors cannot be read.*delete it, and run odlri_jax"):
+        Calibration(out).second_moment("q_proj", 1)
+    damaged.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    settings, before = dataclasses.replace(settings, out=str(out)), json.loads(record.read_text())
+    for name, other in (("seed", 1), ("weights", "others")):
+        record.write_text(json.dumps(before | {name: other}))
+        with pytest.raises(ValueError, match=f"begun with other settings .{name}: {other!r} then"):
+            run(settings)
+    assert not damaged.exists()
+    record.write_text(json.dumps(before))
+    assert run(settings)
+    assert_same_files(out, calibrated)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.parametrize(

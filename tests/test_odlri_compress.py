@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,14 @@ def test_head(config):
 def replaced(config: CompressConfig, decompose_settings: dict | None = None, **changes) -> CompressConfig:
     settings = DecomposeConfig(**{**vars(SETTINGS), **(decompose_settings or {})})
     return CompressConfig(**{**vars(config), "decompose": settings, **changes})
+
+
+def test_a_head_that_was_not_calibrated_is_refused_before_anything_is_written(config, calibration, tmp_path):
+    headless = tmp_path / "headless"
+    shutil.copytree(calibration, headless, ignore=shutil.ignore_patterns("head.safetensors"))
+    with pytest.raises(ValueError, match="headless holds no H of the head; calibrate with --head"):
+        compress.run(replaced(config, head=True, calibration=str(headless)))
+    assert not Path(config.out).exists()
 
 
 def test_other_settings_are_refused(finished, config, monkeypatch):

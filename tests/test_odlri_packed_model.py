@@ -165,6 +165,29 @@ def test_the_adapter_export_is_what_peft_computes_with(packed, expected, tmp_pat
     np.testing.assert_allclose(ours(TOKENS), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_the_report_of_a_compression_stays_behind(copy, tmp_path, layout):
+    """The factors that it describes are those of before training and rounding."""
+    for name in ("report.json", "report.png", "tokenizer.json"):
+        (copy / name).write_text("{}")
+    export(str(copy), tmp_path / "target", layout)
+    written = {path.name for path in (tmp_path / "target").iterdir()}
+    assert "tokenizer.json" in written and not written & {"report.json", "report.png"}
+
+
+def test_where_config_json_is_the_adapter_and_the_tokenizer_are(copy, tmp_path, monkeypatch):
+    (copy / "tokenizer.json").write_text("{}")
+
+    def stop(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("odlri_jax.export.save_dense", stop)  # which writes config.json
+    with pytest.raises(RuntimeError, match="killed"):
+        export(str(copy), tmp_path / "target", "adapter")
+    written = {path.name for path in (tmp_path / "target").rglob("*.json")}
+    assert {"adapter_config.json", "tokenizer.json"} <= written and "config.json" not in written
+
+
 def test_quantised_factors_become_trainable_ones(source, tmp_path):
     config = dataclasses.replace(CONFIG, lr_bits=4, hadamard=False)
     folder, _ = write_packed(source, tmp_path / "packed", config, ("blocks.down_proj",))
