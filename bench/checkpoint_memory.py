@@ -21,7 +21,8 @@ import numpy as np
 from absl import app, flags
 
 from a2d_jax.config import ModelConfig
-from a2d_jax.hf_io import INDEX_NAME, split_into_shards, write_json, write_safetensors
+from a2d_jax.files import write_json
+from a2d_jax.hf_io import INDEX_NAME, split_into_shards, write_safetensors
 from a2d_jax.models.naming import tensor_names
 
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the table")

@@ -33,7 +33,7 @@ import torch
 from absl import app, flags
 
 from a2d_jax.evaluate import evaluate_requests
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.monitor import EosMonitor
 from a2d_jax.pretrained import hf_files, load_pretrained

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from a2d_jax.hf_io import SafetensorsFolder, write_json
+from a2d_jax.files import write_json
+from a2d_jax.hf_io import SafetensorsFolder
 from bench.growth import measure_growth, plot_growth
 from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import decompose

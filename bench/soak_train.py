@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from flax import nnx
 
 import a2d_jax
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.metrics import METRICS_NAME, read_metrics
 from a2d_jax.settings import default_config
 from a2d_jax.world import write_world

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from a2d_jax.assembly import assemble, with_adapter
 from a2d_jax.data import Batch
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from a2d_jax.masking import corrupt
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.settings import RunConfig

@@ -31,7 +31,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from a2d_jax.hf_io import write_json
+from a2d_jax.files import write_json
 from launch.chips import GB, parse_topology, topology_devices
 from launch.compiled import compile_step
 from launch.search import search
