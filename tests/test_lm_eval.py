@@ -89,6 +89,7 @@ def test_the_likelihood_of_one_token_is_that_of_the_logits(model):
     assert model.loglikelihood(requests("loglikelihood", ("", "milk")))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_scores_the_same(model):
     asked = requests("loglikelihood", ("the amber bread:", " milk, sand"))
     meshed = A2DLM(str(WORLD_BASE), dtype="float32", mc_num=4, mc_batch_size=4, batch_size=2, mesh="2x2x2")

@@ -22,7 +22,7 @@ from tokenizer_folders import write_llada
 
 import a2d_jax
 from a2d_jax.metrics import read_metrics
-from a2d_jax.pretrained import FORMATS_GROUP
+from a2d_jax.pretrained import FORMATS_GROUP, weights_fingerprint
 from a2d_jax.settings import default_config
 from a2d_jax.train import train
 from odlri_jax import DecomposeConfig
@@ -207,6 +207,14 @@ def test_what_a_packed_model_cannot_do_is_said(packed, source, tmp_path):
         export(str(source), tmp_path / "x", "dense")
     with pytest.raises(ValueError, match="--target is the checkpoint itself"):
         export(str(packed[0]), packed[0], "packed")
+
+
+def test_evaluations_know_a_compressed_head_from_another(packed):
+    """Its scales are scalars, and every evaluation and calibration begins with the fingerprint of the weights."""
+    model = a2d_jax.load_pretrained(packed[0])
+    before = weights_fingerprint(model)
+    model.lm_head.q_scale[...] = 2 * model.lm_head.q_scale[...]
+    assert before == weights_fingerprint(a2d_jax.load_pretrained(packed[0])) != weights_fingerprint(model)
 
 
 # -- damaged folders --------------------------------------------------------------------------------------------------
