@@ -42,12 +42,14 @@ def export(
         it was trained on.
 
     Raises:
-      ValueError: a target that is the checkpoint itself or lies in an object store, or no adapter where one is asked
-        for.
+      ValueError: a target that is the checkpoint itself or lies in an object store, no adapter where one is asked for,
+        or a base for what is no adapter.
     """
     checkpoint, target = str(checkpoint), local_path(target)
     if target.exists() and target.resolve() == Path(checkpoint).resolve():
         raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
+    if base is not None and not is_adapter:
+        raise ValueError(f"--base={base} is for the configuration of an adapter; add --adapter, or leave it out.")
     config = load_config(hf_files(checkpoint))
     # The finer of both formats: a finer --dtype keeps what training knows, a coarser one rounds once, at the end.
     param_dtype = jnp.promote_types(config.dtype, dtype or config.dtype)

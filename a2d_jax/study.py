@@ -39,7 +39,7 @@ from a2d_jax.stages import claim_folder, end_on_sigterm, export, held, run_comma
 from a2d_jax.study_config import Part, StudyConfig, check_names
 from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
 
-# XLA gets and gives back its buffers with every step: in pages of 4 KB their faults are a fifth of a step on a CPU.
+# On a CPU page faults are a quarter of a training step (docs/performance.md).
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 

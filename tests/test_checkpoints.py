@@ -28,6 +28,10 @@ from a2d_jax.pretrained import FORMATS_GROUP, hf_files
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ATOL = 1e-4
+QWEN2 = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64,
+}  # fmt: skip
 
 
 def same_files(ours: Path, theirs: Path) -> None:
@@ -98,15 +102,7 @@ def test_weights_in_a_subfolder_are_read_and_written_there(llada, tmp_path):
 
 def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(tmp_path):
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        tie_word_embeddings=True,
-    )
+    config = transformers.Qwen2Config(**QWEN2, tie_word_embeddings=True)
     source, tokens = tmp_path / "tied", np.arange(10)[None]
     transformers.Qwen2ForCausalLM(config).save_pretrained(source)
     expected = a2d_jax.load_pretrained(source)(tokens)
@@ -204,14 +200,7 @@ def test_adapter_logits_merge_and_bytes(family, tmp_path):
 
 def test_peft_reads_the_adapter_we_write(tmp_path):
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
+    config = transformers.Qwen2Config(**QWEN2)
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
     model = a2d_jax.load_pretrained(tmp_path / "base")
     tokens = np.arange(10)[None]

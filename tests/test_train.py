@@ -487,3 +487,5 @@ def test_an_adapter_whose_base_is_gone_says_so(base, tmp_path):
     assert a2d_jax.load_pretrained(tmp_path / "run").lora.rank == 2
     export(tmp_path / "run", tmp_path / "peft", is_adapter=True, base="org/base")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    with pytest.raises(ValueError, match="--base=org/base is for .* an adapter; add --adapter"):
+        export(tmp_path / "run", tmp_path / "merged", base="org/base")
