@@ -16,11 +16,11 @@ from a2d_jax.data import Batch
 from a2d_jax.losses import objective_of
 from a2d_jax.models.lora import add_lora
 from a2d_jax.models.transformer import Transformer
+from a2d_jax.objective import Objective
 from a2d_jax.reference import REFERENCE
 from a2d_jax.residual import Residual
 from a2d_jax.settings import RunConfig
 from a2d_jax.training import (
-    Objective,
     Shardings,
     init_state,
     learning_rate,
@@ -87,14 +87,14 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def assemble(
-    run: RunConfig, base: Transformer, mesh: Mesh, num_steps: int, mask_id: int | None, eos_id: int,
+    run: RunConfig, base: Transformer, mesh: Mesh, num_steps: int, mask_id: int | None, refusal_id: int,
     residual: Residual | None = None,
 ) -> Assembly:  # fmt: skip
     """The update of a run that `check_mesh` has passed.
 
     Args:
       base: the model as shapes, without the run's adapter.
-      eos_id: what harmful rows become: the model's [EOS], or the run's refusal token.
+      refusal_id: what harmful rows become: the model's [EOS], or the run's refusal token.
       num_steps: of the whole run, for the learning rate.
       residual: the run's residual term, where it has one.
     """
@@ -119,7 +119,7 @@ def assemble(
     objective = Objective(
         name,
         mask_id,
-        eos_id,
+        refusal_id,
         run.mask_eps,
         run.time_range,
         grad_accum_steps=run.grad_accum_steps,

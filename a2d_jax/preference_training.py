@@ -11,10 +11,9 @@ from flax import nnx
 from a2d_jax.chunked_losses import Head, scored_losses
 from a2d_jax.gradients import Params, grads_in_parts
 from a2d_jax.losses import align_targets
+from a2d_jax.objective import Objective
 from a2d_jax.preference import PreferenceConfig, draw_samples, preference_losses
 from a2d_jax.reference import split_reference
-
-PREFERENCE_METRICS = ("margin", "accuracy")  # means over the pairs: of the margin, and of its being above 0
 
 
 def estimate_nll(
@@ -39,12 +38,12 @@ def estimate_nll(
 
 
 def preference_grads(
-    graphdef: nnx.GraphDef, objective, params: Params, frozen: Params, batch, key: jax.Array, dropout_key
+    graphdef: nnx.GraphDef, objective: Objective, params: Params, frozen: Params, batch, key: jax.Array, dropout_key
 ) -> tuple[dict[str, jax.Array], Params]:
     """Metrics of a batch of pairs, and the gradient of its loss.
 
     Args:
-      objective: `training.Objective`, with `preference`.
+      objective: with `preference`.
       batch: `data.Batch`, rows in pairs.
       key: of the masks.
     Returns:

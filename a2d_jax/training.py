@@ -20,10 +20,10 @@ from a2d_jax.gradients import Params, grads_in_parts
 from a2d_jax.losses import align_targets, position_weights
 from a2d_jax.masking import corrupt, next_tokens
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.preference import PreferenceConfig
-from a2d_jax.preference_training import PREFERENCE_METRICS, preference_grads
+from a2d_jax.objective import Objective
+from a2d_jax.preference_training import preference_grads
 from a2d_jax.reference import REFERENCE, split_reference
-from a2d_jax.residual import Residual, base_target, kept_tokens, residual_divergence
+from a2d_jax.residual import base_target, kept_tokens, residual_divergence
 from a2d_jax.sharding import RULES, param_shardings
 
 # Share of the run behind us (0 .. 1, warm-up excluded) -> share of the learning rate.
@@ -32,9 +32,6 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
 }
-# What an update reports. loss = loss_harmful + loss_retain, what harmful and retain rows add to it; grad_norm is taken
-# before clipping; num_masked counts tokens, num_harmful rows.
-METRICS = ("loss", "loss_harmful", "loss_retain", "learning_rate", "grad_norm", "num_masked", "num_harmful")
 # Norm scales and biases are not decayed.
 _DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
@@ -51,29 +48,6 @@ class OptimizerConfig:
     schedule: str = "constant"
     warmup_steps: int = 0
     clip_norm: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What one update optimises. `name` is a key of `losses.OBJECTIVES`; ids are the model's.
-
-    eos_id: what harmful rows become; the run's refusal token, where that is not [EOS].
-    """
-
-    name: str
-    mask_id: int | None
-    eos_id: int
-    mask_eps: float = 1e-3
-    time_range: tuple[float, float] = (0.0, 1.0)
-    grad_accum_steps: int = 1
-    seed: int = 0
-    preference: PreferenceConfig | None = None  # rows are pairs, and the loss is that of `a2d_jax/preference.py`
-    residual: Residual | None = None
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what an update reports."""
-        return METRICS + (() if self.preference is None else PREFERENCE_METRICS)
 
 
 class TrainState(NamedTuple):
@@ -165,7 +139,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def residual_term(objective: Objective, head: Head, base: Transformer | None, noisy_tokens, mask):
     """(the head with the residual term beside it, the term's inputs beside the weights (B, T) and the clean tokens
     (B, T))."""
-    is_kept = kept_tokens(head.vocab_size, (objective.eos_id, objective.mask_id))
+    is_kept = kept_tokens(head.vocab_size, (objective.refusal_id, objective.mask_id))
     if base is None:
 
         def against_constant(frozen, logits, weights, clean_tokens):
@@ -244,10 +218,10 @@ def make_update(
             )
         else:
             if objective.name == "causal":
-                noised = next_tokens(*rows, eos_id=objective.eos_id)
+                noised = next_tokens(*rows, eos_id=objective.refusal_id)
             else:
                 noised = corrupt(
-                    corrupt_key, *rows, mask_id=objective.mask_id, eos_id=objective.eos_id, eps=objective.mask_eps,
+                    corrupt_key, *rows, mask_id=objective.mask_id, eos_id=objective.refusal_id, eps=objective.mask_eps,
                     time_range=objective.time_range,
                 )  # fmt: skip
             row_loss, grads = loss_and_grads(

@@ -14,10 +14,11 @@ from a2d_jax.chunked_losses import Head, scored_losses, scored_sum
 from a2d_jax.losses import align_logits, align_targets, cross_entropy
 from a2d_jax.masking import NoisedBatch
 from a2d_jax.models.lora import LoRAConfig
+from a2d_jax.objective import Objective
 from a2d_jax.residual import Residual, ResidualConfig
 from a2d_jax.settings import RunConfig
 from a2d_jax.sharding import make_mesh
-from a2d_jax.training import Objective, loss_and_grads, pure, split_model
+from a2d_jax.training import loss_and_grads, pure, split_model
 from launch import hlo
 
 B, T, D, V = 8, 96, 16, 40
@@ -140,7 +141,7 @@ def test_a_training_step_in_chunks_and_parts_is_the_step_at_once(monkeypatch):
         mask_prob=jnp.full(masked.shape, 0.9), is_response=is_response, is_safe=is_safe,
     )  # fmt: skip
     residual = Residual(ResidualConfig(0.5, "base"), None)
-    objective = Objective("llada", mask_id=0, eos_id=1, grad_accum_steps=2, residual=residual)
+    objective = Objective("llada", mask_id=0, refusal_id=1, grad_accum_steps=2, residual=residual)
 
     def step(key):
         compute = lambda *x: loss_and_grads(graphdef, objective, *x, batch, is_response, key, tokens)  # noqa: E731

@@ -13,8 +13,8 @@ import a2d_jax
 from a2d_jax.losses import position_weights
 from a2d_jax.masking import NoisedBatch
 from a2d_jax.models.naming import tensor_names
+from a2d_jax.objective import Objective
 from a2d_jax.training import (
-    Objective,
     OptimizerConfig,
     learning_rate,
     loss_and_grads,
@@ -62,7 +62,7 @@ def noised_batch(recorded, length: int | None = None) -> tuple[NoisedBatch, jax.
 def grad_function(family: str, has_adapter: bool = False, grad_accum_steps: int = 1):
     """Jitted (params, batch, mask) -> (loss, grads) of a fixture's model, and those params."""
     graphdef, trained, frozen = split_model(load_model(family, has_adapter))
-    objective = Objective(family, mask_id=0, eos_id=0, grad_accum_steps=grad_accum_steps)
+    objective = Objective(family, mask_id=0, refusal_id=0, grad_accum_steps=grad_accum_steps)
 
     def compute(params, frozen, noised, mask):
         row_loss, grads = loss_and_grads(graphdef, objective, params, frozen, noised, mask, None)

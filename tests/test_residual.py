@@ -13,6 +13,7 @@ from test_evaluate import write_tiny_checkpoint
 from a2d_jax import chunked_losses
 from a2d_jax.data import DataConfig, make_loader
 from a2d_jax.metrics import read_metrics
+from a2d_jax.objective import Objective
 from a2d_jax.residual import (
     Residual,
     ResidualConfig,
@@ -24,7 +25,7 @@ from a2d_jax.residual import (
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.train import train
-from a2d_jax.training import Objective, residual_term
+from a2d_jax.training import residual_term
 
 EOS, MASK, V = 0, 3, 4
 IS_KEPT = kept_tokens(V, (EOS, MASK))

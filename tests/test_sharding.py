@@ -35,7 +35,7 @@ def two_updates(family: str, sizes: tuple[int, int, int], has_adapter: bool, gra
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.0) if has_adapter else None
     run = RunConfig(optimizer=OPTIMIZER, lora=lora, batch_size=NUM_ROWS, grad_accum_steps=grad_accum_steps, seed=1)
     base = a2d_jax.load_pretrained(FIXTURES / f"{family}_tiny", mesh=mesh)
-    assembled = assemble(run, base, mesh, num_steps=2, mask_id=base.config.mask_id, eos_id=base.config.eos_id)
+    assembled = assemble(run, base, mesh, num_steps=2, mask_id=base.config.mask_id, refusal_id=base.config.eos_id)
     _, trained, frozen = split_model(with_adapter(base, run))
     start = functools.partial(init_state, optimizer=assembled.optimizer)
     shardings, update = assembled.shardings, assembled.update
