@@ -1,4 +1,4 @@
-# make demo: the whole method on the embedded example.   make test: the whole test suite.
+# make demo: the whole method on the embedded example.   make test: the test suite, but for make test-slow and make test-tpu.
 # Both work from a fresh clone on CPython 3.11; everything is installed into .venv/.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

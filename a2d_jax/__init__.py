@@ -1,6 +1,6 @@
 """A2D in JAX: token-level safety alignment of masked-diffusion language models.
 
-The names below are the library; the programs are `python -m a2d_jax.{convert,train,generate,evaluate,export}`.
+The names below are the library; the programs are run with `python -m a2d_jax.NAME`, and the README lists them.
 `a2d_jax.generate` is the function; the program of that name is only ever run with `-m`.
 """
 

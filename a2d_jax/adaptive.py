@@ -26,7 +26,7 @@ from a2d_jax import evaluate
 from a2d_jax.attacks import build_inputs, read_prompts
 from a2d_jax.config import load_config
 from a2d_jax.files import write_json
-from a2d_jax.pretrained import hf_files
+from a2d_jax.pretrained import hf_folder
 from a2d_jax.scores import mean, percent
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -140,7 +140,7 @@ def _choose(base: evaluate.EvaluationConfig, names: Sequence[str] | None) -> lis
     unknown = sorted(set(names or ()) - VARIANTS.keys())
     if unknown:
         raise ValueError(f"unknown variants {unknown}; choose among {list(VARIANTS)}")
-    files = hf_files(base.checkpoint)
+    files = hf_folder(base.checkpoint)
     is_causal = load_config(files).is_causal
     tokenizer = load_tokenizer(files, requires_mask=not is_causal)
     problems = {name: _problem(base, VARIANTS[name], tokenizer, is_causal) for name in VARIANTS}
@@ -178,7 +178,7 @@ def _configure(base: evaluate.EvaluationConfig, name: str, variant: Variant, num
     """The evaluation of one try."""
     changes = dict(variant.sampler)
     if changes.get("ban_eot"):
-        changes["eot_id"] = load_tokenizer(hf_files(base.checkpoint), requires_mask=False).eot_id
+        changes["eot_id"] = load_tokenizer(hf_folder(base.checkpoint), requires_mask=False).eot_id
     out = Path(base.out) / name
     return dataclasses.replace(
         base,

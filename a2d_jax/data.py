@@ -380,7 +380,7 @@ class BatchIterator(Iterator[Batch]):
 
 def _fingerprint(encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int) -> str:
     digest = hashlib.sha256(repr((config, eos_id, batch_size, seed)).encode())
-    if config.pad_to:  # runs without it keep the fingerprint that they had before there was such a field
+    if config.pad_to:  # left out when 0, so that it changes no fingerprint of a run without padding
         digest.update(f"pad_to={config.pad_to}".encode())
     for array in (encoded.tokens, encoded.offsets, encoded.prompt_lengths, encoded.is_safe, encoded.file_index):
         digest.update(array.tobytes())

@@ -41,9 +41,10 @@ from flax import nnx
 from a2d_jax import orders
 from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.files import local_path, write_json
+from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.plots import plt, save_figure
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.rows import Row, read_rows
 from a2d_jax.sampling import special_ids
@@ -288,7 +289,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     unknown = [order for order in config.orders if order not in orders.ORDERS]
     if unknown or not config.orders:
         raise ValueError(f"orders {unknown or 'are none'}; choose from {orders.ORDERS}.")
-    tokenizer = load_tokenizer(hf_files(config.base))
+    tokenizer = load_tokenizer(hf_folder(config.base))
     rows = [row for row in read_rows(config.rows).rows if not row.is_safe][: config.limit]
     texts = encode_texts(rows, tokenizer, config.max_response)
     num_tokens = sum(len(text.response) for text in texts)
@@ -297,7 +298,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     print(f"writes {out}", flush=True)
 
     for folder in config.aligned.values():
-        check_vocabulary(tokenizer, load_tokenizer(hf_files(folder)), folder)
+        check_vocabulary(tokenizer, load_tokenizer(hf_folder(folder)), folder)
     out.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(*config.mesh) if config.mesh else None
     load = functools.partial(load_pretrained, mesh=mesh, dtype=jnp.dtype(config.dtype))
@@ -368,7 +369,7 @@ def main(argv: Sequence[str]) -> None:
             batch_size=given.batch_size,
             seed=given.seed,
             dtype=given.dtype,
-            mesh=tuple(map(int, given.mesh)) if given.mesh else None,
+            mesh=given.mesh,
         )  # fmt: skip
     )
 
@@ -384,5 +385,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 8, "responses measured together", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the random order")
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+    define_mesh_flag()
     app.run(main)

@@ -21,6 +21,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+flags.disclaim_key_flags()  # --help shows them among those of the program that defines them
+
 _SECONDS = 300
 
 

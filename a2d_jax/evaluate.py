@@ -32,7 +32,8 @@ from a2d_jax.config import load_config
 from a2d_jax.files import local_path, write_json
 from a2d_jax.judges import Judge, JudgeSettings, is_refusal, keywords, load_judge, score_all
 from a2d_jax.judges.loading import define_judge_flags, judge_settings_from_flags
-from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
+from a2d_jax.mesh_flag import define_mesh_flag
+from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
@@ -40,6 +41,9 @@ from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import EXPECTATIONS, is_harmless, percent, summarize, summarize_groups
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
+
+if __name__ != "__main__":  # adaptive, relearn and early_refusal show its flags among theirs
+    flags.disclaim_key_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +208,7 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
 
     # --- Requests: everything that can be wrong with them is found before a model is loaded --------------------------
     rows = read_prompts(config.prompts)[: config.limit]
-    files = hf_files(config.checkpoint)
+    files = hf_folder(config.checkpoint)
     model_config = load_config(files)
     tokenizer, family = load_tokenizer(files, requires_mask=not model_config.is_causal), model_config.family
     settings = dataclasses.replace(config.attack_settings, gen_length=sampler.gen_length)
@@ -281,7 +285,7 @@ def define_flags(prompts: str = "JSON list of prompt rows, or HarmBench's or XST
     flags.DEFINE_list("buckets", [str(length) for length in DEFAULT_BUCKETS], "row lengths to pad to")
     flags.DEFINE_integer("seed", 0, "of temperature and random order")
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the mesh, also of the classifier; default: one device")
+    define_mesh_flag("the device mesh, also of the classifier")
     define_sampler_flags()
 
 
@@ -298,20 +302,19 @@ def config_from_flags(attack: str, expect: str | None = None) -> EvaluationConfi
     """The evaluation that the flags of `define_flags` describe."""
     given = flags.FLAGS
     if given.ban_eot and given.eot_id is None:
-        files = hf_files(given.checkpoint)
+        files = hf_folder(given.checkpoint)
         given.eot_id = load_tokenizer(files, requires_mask=False).eot_id
     sampler = sampler_config_from_flags()
     names = [field.name for field in dataclasses.fields(AttackSettings)]
-    mesh = numbers_of_flag("mesh") if given.mesh else None
     names_of_config = ("checkpoint", "prompts", "out", "adapter", "judge", "limit", "batch_size", "seed", "dtype")
     return EvaluationConfig(
         attack=attack,
         expect=expect,
         sampler=sampler,
         attack_settings=AttackSettings(**{name: given[name].value for name in names}),
-        judge_settings=dataclasses.replace(judge_settings_from_flags(), mesh=mesh),
+        judge_settings=dataclasses.replace(judge_settings_from_flags(), mesh=given.mesh),
         buckets=numbers_of_flag("buckets"),
-        mesh=mesh,
+        mesh=given.mesh,
         **{name: given[name].value for name in names_of_config},
     )
 

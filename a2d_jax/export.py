@@ -19,7 +19,7 @@ from a2d_jax.hf_io import INDEX_NAME, save_pretrained
 from a2d_jax.models.lora import merge_adapter
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import save_adapter
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_folder, load_pretrained
 
 
 def base_model_of(checkpoint: str) -> str | None:
@@ -50,7 +50,7 @@ def export(
         raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
     if base is not None and not is_adapter:
         raise ValueError(f"--base={base} is for the configuration of an adapter; add --adapter, or leave it out.")
-    config = load_config(hf_files(checkpoint))
+    config = load_config(hf_folder(checkpoint))
     # The finer of both formats: a finer --dtype keeps what training knows, a coarser one rounds once, at the end.
     param_dtype = jnp.promote_types(config.dtype, dtype or config.dtype)
     model = load_pretrained(checkpoint, dtype=jnp.float32, param_dtype=param_dtype)
@@ -64,7 +64,7 @@ def export(
     if dtype:
         model.config = model.config.with_dtype(dtype)
     save_pretrained(model, target)
-    copy_companions(hf_files(checkpoint), target, except_for=("config.json", INDEX_NAME))
+    copy_companions(hf_folder(checkpoint), target, except_for=("config.json", INDEX_NAME))
     print(f"wrote {config.family} in {model.config.dtype}, adapter merged where there was one, to {target}")
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax.config import load_config
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.mesh_flag import define_mesh_flag
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.sampling import generate, infill, pad_left
 from a2d_jax.sharding import make_mesh
@@ -32,7 +33,7 @@ _PROMPT = flags.DEFINE_multi_string("prompt", None, "a request, or a text with <
 _ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
 _CHAT_TEMPLATE = flags.DEFINE_bool("chat_template", False, "put a text with <mask:N> into a user turn")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-_MESH = flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+_MESH = define_mesh_flag()
 _SEED = flags.DEFINE_integer("seed", 0, "of temperature and random order")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object a prompt")
 _TRACE = flags.DEFINE_string("trace", None, "HTML file to write, a replay of the decoding")
@@ -45,9 +46,9 @@ def main(_) -> None:
     are_templates = {has_mask_runs(prompt) for prompt in _PROMPT.value}
     if len(are_templates) > 1:
         raise ValueError("some prompts hold <mask:N> and some do not; run the program once for each kind.")
-    files = hf_files(_CHECKPOINT.value)
+    files = hf_folder(_CHECKPOINT.value)
     tokenizer = load_tokenizer(files, requires_mask=not load_config(files).is_causal)
-    mesh = make_mesh(*map(int, _MESH.value)) if _MESH.value else None
+    mesh = make_mesh(*_MESH.value) if _MESH.value else None
     model = load_pretrained(_CHECKPOINT.value, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
 
     has_trace = _TRACE.value is not None

@@ -36,7 +36,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from a2d_jax.batching import buckets_up_to, generate_many
 from a2d_jax.config import load_config
 from a2d_jax.likelihood import log_likelihood
-from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
+from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
 from a2d_jax.sampling import SamplerConfig, infill
 from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import load_tokenizer
@@ -105,10 +105,10 @@ class A2DLM(LM):
             logging.warning("device and max_batch_size play no part: JAX chooses the device, batch_size is fixed")
         if mc_num % mc_batch_size:
             raise ValueError(f"mc_num={mc_num} is no multiple of mc_batch_size={mc_batch_size}.")
-        self._tokenizer = load_tokenizer(hf_files(checkpoint))
+        self._tokenizer = load_tokenizer(hf_folder(checkpoint))
         self._mesh = _parse_mesh(mesh)
         self._model = load_pretrained(checkpoint, self._mesh, jnp.dtype(dtype), adapter)
-        self._max_length = max_length or load_config(hf_files(checkpoint)).max_length or 4096
+        self._max_length = max_length or load_config(hf_folder(checkpoint)).max_length or 4096
         self._seed, self._batch_size, self._check_greedy = seed, int(batch_size), check_greedy
         self._mc = {"mc_num": mc_num, "batch_size": mc_batch_size, "cfg_scale": likelihood_cfg_scale}
         self._sampler = sampler

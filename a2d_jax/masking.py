@@ -49,6 +49,7 @@ def corrupt(
       tokens: (B, T) int32 clean rows, right-padded with [EOS].
       is_response: (B, T) bool, positions that may be masked.
       is_safe: (B,) bool, False for a harmful response.
+      mask_id: what masked positions become.
       eos_id: what harmful rows become: [EOS], or another refusal token.
       eps: the smallest masking probability.
       time_range: t is uniform between these; two equal numbers fix it.

@@ -15,7 +15,7 @@ PREFERENCE_METRICS = ("margin", "accuracy")  # means over the pairs: of the marg
 class Objective:
     """The loss of a run, how rows are corrupted for it, and in how many parts its gradient is taken.
 
-    name: a key of `losses.OBJECTIVES`. mask_id, refusal_id: the model's [MASK], and what harmful rows become: [EOS], or
+    name: one of `losses.OBJECTIVES`. mask_id, refusal_id: the model's [MASK], and what harmful rows become: [EOS], or
     the run's refusal token.
     """
 

@@ -102,7 +102,8 @@ def _lowest_cutoff(logits: jax.Array, weights: jax.Array, limit: float) -> jax.A
 
 
 def truncate(logits: jax.Array, top_p: float | None, top_k: int | None) -> jax.Array:
-    """-inf outside the nucleus of mass `top_p` (the token that crosses it stays) and outside the `top_k` largest."""
+    """-inf outside the nucleus of mass `top_p` (the token that crosses it stays) and outside the `top_k` largest;
+    (..., V) -> (..., V)."""
     if top_p is not None and top_p < 1:
         cutoff = _lowest_cutoff(logits, jax.nn.softmax(logits, axis=-1), top_p)
         logits = jnp.where(logits < cutoff, -jnp.inf, logits)

@@ -110,7 +110,7 @@ def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, rema
 
 def abstract_base(folder: str | os.PathLike, dtypes: DTypes, remat: str = "none") -> Transformer:
     """What `load_base` gives, as shapes alone; no weights are read."""
-    files = hf_files(folder)
+    files = hf_folder(folder)
     other = _other_format(files)
     return abstract_model(load_config(files), dtypes, remat) if other is None else other.abstract(files, dtypes, remat)
 
@@ -123,7 +123,7 @@ def _other_format(path: Path):
     return None
 
 
-def hf_files(path: str | os.PathLike) -> Path:
+def hf_folder(path: str | os.PathLike) -> Path:
     """The folder with config.json and the tokenizer of a checkpoint of any kind."""
     inner = Path(path) / HF_FOLDER
     return inner if inner.is_dir() else Path(path)

@@ -17,8 +17,7 @@ class SamplerConfig:
       gen_length: masks that `generate` appends to the prompt.
       steps: forward passes at most; for `infill` as many as there are masks suffice (one token a step).
       block_length: `generate` finishes one block of the response before the next; None: blocks of 32 for LLaDA, one
-        block
-        for Dream. A block longer than the response is the whole response.
+        block for Dream. A block longer than the response is the whole response.
       order: "confidence" (LLaDA's low_confidence, Dream's maskgit_plus), "margin" (topk_margin), "entropy",
         "left_to_right", "right_to_left", "random" (Dream's origin).
       temperature: 0 takes the most likely token.

@@ -8,6 +8,8 @@ from absl import flags
 from a2d_jax.monitor import MONITORS
 from a2d_jax.sampler_config import SamplerConfig
 
+flags.disclaim_key_flags()  # --help shows them among those of the program that defines them
+
 _DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 _HELP = {
     "gen_length": "masks appended as the response",

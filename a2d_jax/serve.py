@@ -7,7 +7,8 @@
 The settings of `SamplerConfig` are flags. Answers are streamed a finished block at a time; one that the monitor stops
 has the finish_reason "content_filter". At most `--max_queue` requests wait, `--batch_size` are decoded together. On
 SIGTERM the server takes nothing new, lets running answers go on for `--grace` seconds, and tells the rest.
-It knows no passwords and no TLS: it listens on this machine alone, and belongs behind a proxy that has them.
+It knows no passwords and no TLS: it listens on this machine alone, unless --host says
+otherwise, and belongs behind a proxy that has them.
 """
 
 import threading
@@ -18,7 +19,8 @@ import uvicorn
 from absl import app, flags, logging
 
 from a2d_jax.config import load_config
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.mesh_flag import define_mesh_flag
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.serving.app import Limits, Service
 from a2d_jax.serving.engine import Engine
@@ -29,7 +31,7 @@ from a2d_jax.tokenizer import load_tokenizer
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-_MESH = flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+_MESH = define_mesh_flag()
 _MODEL_NAME = flags.DEFINE_string("model_name", None, "name that clients ask for; default: that of the folder")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
@@ -70,8 +72,8 @@ def length_limit(own: int | None, asked: int | None) -> int:
 def main(_) -> None:
     sampler = sampler_config_from_flags()
     checkpoint = Path(_CHECKPOINT.value)
-    tokenizer = load_tokenizer(hf_files(checkpoint))
-    max_length = length_limit(load_config(hf_files(checkpoint)).max_length, _MAX_LENGTH.value)
+    tokenizer = load_tokenizer(hf_folder(checkpoint))
+    max_length = length_limit(load_config(hf_folder(checkpoint)).max_length, _MAX_LENGTH.value)
     if sampler.gen_length >= max_length:
         raise ValueError(f"--gen_length={sampler.gen_length} leaves no room for a prompt in {max_length} tokens.")
     limits = Limits(
@@ -80,7 +82,7 @@ def main(_) -> None:
         max_body_bytes=_MAX_BODY.value,
         allow_mask_tokens=_ALLOW_MASKS.value,
     )
-    mesh = make_mesh(*map(int, _MESH.value)) if _MESH.value else None
+    mesh = make_mesh(*_MESH.value) if _MESH.value else None
     model = load_pretrained(checkpoint, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
     metrics = Metrics()
     engine = Engine(

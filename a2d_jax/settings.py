@@ -68,7 +68,7 @@ class RunConfig:
     lora: adapter settings; None: every weight is trained. dtypes, remat ("none", "dots", "full"): see the transformer.
     files: training rows. data: how they become batches. In a config file both live under `config.data`.
     batch_size: rows of one update, over all devices; grad_accum_steps: parts they are computed in.
-    num_epochs: passes over the data; num_steps goes before it. mask_eps: the smallest masking probability.
+    num_epochs: passes over the data; num_steps, where set, takes precedence. mask_eps: smallest masking probability.
     time_range: where the share of masked tokens is drawn from; (0, 1) is the paper's, two equal numbers fix it.
     refusal_token: text of the token that harmful rows become; None: the base's own, [EOS] in the paper. A text that is
         no token of the vocabulary becomes a new one, in a spare row of the embedding.

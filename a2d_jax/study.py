@@ -277,11 +277,11 @@ def run_workers(study: StudyConfig, workdir: Path, todo: Sequence[str], hands: S
     os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)  # read by a process when it starts
     workers = []
     for number, hand in enumerate(hands):
-        log, share = workdir / f"worker{number}.log", cores[number :: len(hands)]
-        print(f"worker {number}: seeds {hand} first, cores {share or 'any'}, log {log}", flush=True)
+        log, own_cores = workdir / f"worker{number}.log", cores[number :: len(hands)]
+        print(f"worker {number}: seeds {hand} first, cores {own_cores or 'any'}, log {log}", flush=True)
         # A process started anew: JAX does not survive a fork.
         worker = multiprocessing.get_context("spawn").Process(
-            target=_work, args=(log, share, study, workdir, todo, hand)
+            target=_work, args=(log, own_cores, study, workdir, todo, hand)
         )
         worker.start()
         workers.append(worker)

@@ -18,7 +18,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, part: Any, records: Sequence[Mapping[str, Any]]) -> "Grid":
-        """The values of `records` at the models and measures of a part (`study.Part`)."""
+        """The values of `records` at the models and measures of a part (`study_config.Part`)."""
         cell = {(r["model"], r["measure"], r["seed"]): r["value"] for r in records}
         seeds = sorted({r["seed"] for r in records})
         values = np.array(

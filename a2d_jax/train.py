@@ -20,7 +20,7 @@ from `settings.default_config()`:
     data.files                .jsonl, .parquet or a2d_jax.safety_rows folders
     data.*                    row_length, buckets, weights (of each file), harmful_share, ...: see data.DataConfig
     batch_size                rows of one update over all devices, computed in grad_accum_steps parts
-    num_epochs, num_steps     how long; num_steps goes before num_epochs
+    num_epochs, num_steps     how long; num_steps takes precedence
     mask_eps, time_range      the smallest masking probability; where the share of masked tokens is drawn from
     refusal_token             text of the token that harmful rows become; None: the base's own, [EOS]
     optimizer.*               learning_rate, weight_decay, b1, b2, eps, schedule, warmup_steps, clip_norm
@@ -63,7 +63,7 @@ from a2d_jax.files import as_path, write_json
 from a2d_jax.metrics import MetricWriter, local_folder
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import HF_FOLDER, copy_companions
-from a2d_jax.pretrained import abstract_base, hf_files, load_base
+from a2d_jax.pretrained import abstract_base, hf_folder, load_base
 from a2d_jax.progress import clock
 from a2d_jax.reference import with_reference
 from a2d_jax.residual import make_residual
@@ -111,7 +111,7 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------
     # Data, and the model as shapes
     # ------------------------------------------------------------------------------------------------------------------
-    base = hf_files(run.model.checkpoint)
+    base = hf_folder(run.model.checkpoint)
     model_config = load_config(base)
     tokenizer = load_tokenizer(base, requires_mask=not model_config.is_causal)
     refusal_id = refusal_token.choose(run.refusal_token, tokenizer, model_config)

@@ -36,7 +36,7 @@ from a2d_jax.evaluate import evaluate_requests
 from a2d_jax.files import write_json
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.monitor import EosMonitor
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.sampling import Decoder, SamplerConfig, response_plan, response_rows, row_keys
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world import attack_prompts, is_exact, make_world
@@ -189,7 +189,7 @@ def pass_seconds(batch: int, length: int, vocabulary: int, repeats: int) -> floa
 def parallel_reveal(thresholds: list[float]) -> list[dict]:
     """Forward passes and exact recipes of the world's base model."""
     checkpoint = ROOT / "a2d_jax" / "world_base"
-    tokenizer, model = load_tokenizer(hf_files(checkpoint)), load_pretrained(checkpoint)
+    tokenizer, model = load_tokenizer(hf_folder(checkpoint)), load_pretrained(checkpoint)
     rows = attack_prompts(make_world(0))["foods"]
     plain = SamplerConfig(gen_length=24, steps=24, block_length=24)
     table = []

@@ -3,7 +3,8 @@
     python -m a2d_jax.train --config configs/world_ablations.py:rare_token:DIR/world --workdir DIR/rare_token \\
         --config.model.checkpoint=DIR/base
 
-`VARIANTS` names them all; each is a set of fields of the run's config, which the command line could set as well.
+`VARIANTS` names them all; each is a set of fields of the run's config, which the command line could set as well, but
+for the adapters.
 """
 
 import json

@@ -16,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from a2d_jax import decoding
 from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh
-from a2d_jax.config import ModelConfig
 from a2d_jax.hf_io import abstract_model
-from a2d_jax.models.naming import projections
+from a2d_jax.models.naming import projections, tensor_names
 from a2d_jax.residual import Residual
 from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampling import response_plan
@@ -207,22 +206,13 @@ def calibrate_step(config: Mapping[str, Any], devices) -> Step:
     )
 
 
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(m, n) of each linear layer in a block."""
-    d, f = config.width, config.mlp_dim
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (heads, d), "k_proj": (kv_heads, d), "v_proj": (kv_heads, d), "o_proj": (d, heads),
-        "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f),
-    }  # fmt: skip
-
-
 def decompose_step(config: Mapping[str, Any], devices, shape: tuple[int, int] | None = None) -> Step:
     """One matrix a chip in `odlri_jax.compress`, of the given shape or of the one that costs most."""
     model_config = architecture(config["model"]["checkpoint"])
     mesh = make_mesh(-1, 1, 1, devices)
     settings = DecomposeConfig(**config["decompose"])
-    m, n = shape or max(matrix_shapes(model_config).values(), key=lambda s: s[0] * s[1] * s[1])
+    kernels = (name.shape for name in tensor_names(model_config) if name.layer == 0 and name.path[-1] == "kernel")
+    m, n = shape or max(kernels, key=lambda s: s[0] * s[1] * s[1])
 
     def lower() -> jax.stages.Lowered:
         split = functools.partial(NamedSharding, mesh)

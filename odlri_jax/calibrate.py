@@ -41,8 +41,9 @@ from a2d_jax.distributed import (
 from a2d_jax.distributed import define_flags as define_host_flags
 from a2d_jax.files import local_path, write_json
 from a2d_jax.hf_io import write_safetensors
+from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.pretrained import hf_files, load_pretrained, weights_fingerprint
+from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from a2d_jax.sharding import batch_sharding, make_mesh, under
@@ -94,7 +95,7 @@ def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
         raise ValueError(f"no file {path!r} to calibrate on; give a text (--text) or a .npy of ids (--tokens).")
     if config.tokens:
         return token_windows(path, model.vocab_size, config.context_length, config.num_windows)
-    tokenizer = load_tokenizer(hf_files(config.checkpoint), requires_mask=model.family in DIFFUSION_FAMILIES)
+    tokenizer = load_tokenizer(hf_folder(config.checkpoint), requires_mask=model.family in DIFFUSION_FAMILIES)
     if config.rows:
         return row_windows(config.rows, tokenizer, config.context_length, config.num_windows)
     return text_windows(path, tokenizer, config.context_length, config.num_windows)
@@ -215,7 +216,7 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> bool:
       Whether the folder is complete; not where a SIGTERM or the dry run left something to do.
     """
     out = local_path(config.out)
-    model_config = load_config(hf_files(config.checkpoint))
+    model_config = load_config(hf_folder(config.checkpoint))
     mesh = make_mesh(*config.mesh) if config.mesh else None
     if mesh is None and jax.process_count() > 1:
         raise ValueError(
@@ -316,7 +317,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations; H is float32")
     flags.DEFINE_integer("seed", 0, "of the masks for LLaDA and Dream")
     flags.DEFINE_bool("head", False, "also the input of the head")
-    flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+    define_mesh_flag()
     flags.DEFINE_bool("dry_run", False, "print the plan and stop")
     define_host_flags()
 
@@ -327,14 +328,6 @@ def main(argv: Sequence[str]) -> None:
     initialize_from_flags()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(CalibrateConfig)}
     given["rows"] = tuple(given["rows"]) if given["rows"] else None
-    if given["mesh"]:
-        try:
-            data, fsdp, tensor = map(int, given["mesh"])
-        except ValueError as error:
-            raise ValueError(
-                f"--mesh={','.join(given['mesh'])}: give three whole numbers, data,fsdp,tensor."
-            ) from error
-        given["mesh"] = (data, fsdp, tensor)
     run(CalibrateConfig(**given), flags.FLAGS.dry_run)
 
 

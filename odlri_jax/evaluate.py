@@ -16,7 +16,8 @@ from absl import app, flags, logging
 
 from a2d_jax.config import DIFFUSION_FAMILIES, load_config
 from a2d_jax.files import write_json
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.mesh_flag import define_mesh_flag
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
@@ -32,13 +33,13 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "windows, or masked copies o
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 32, "masked copies of a window (LLaDA, Dream)", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the masks (LLaDA, Dream)")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
-_MESH = flags.DEFINE_list("mesh", None, "sizes data,fsdp,tensor of the device mesh; default: the first device")
+_MESH = define_mesh_flag()
 _OUT = flags.DEFINE_string("out", None, "JSON file to write")
 
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    files, text = hf_files(_CHECKPOINT.value), Path(_TEXT.value)
+    files, text = hf_folder(_CHECKPOINT.value), Path(_TEXT.value)
     if not text.is_file():
         raise ValueError(f"--text={text} is no file; give a UTF-8 text.")
     family = load_config(files).family
@@ -50,7 +51,7 @@ def main(_) -> None:
     if is_bound:
         print(f"Monte Carlo bound, {_NUM_SAMPLES.value} masked copies of each window, seed {_SEED.value}", flush=True)
 
-    mesh = make_mesh(*map(int, _MESH.value)) if _MESH.value else None
+    mesh = make_mesh(*_MESH.value) if _MESH.value else None
     model = load_pretrained(_CHECKPOINT.value, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
     start = time.monotonic()
 

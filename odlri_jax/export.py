@@ -28,7 +28,7 @@ from a2d_jax.models.naming import TensorName, adapter_targets, module_names
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import NAME_PREFIX, write_adapter
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from odlri_jax import hadamard
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_io import MANIFEST_NAME, compressed_projections, layers_of, save_packed
@@ -101,7 +101,7 @@ def export(checkpoint: str, target: str | Path, layout: str, dtype: str | None =
       ValueError: nothing packed in the checkpoint, a target that is the checkpoint or a packed folder to be replaced
         by dense files, or settings that do not go together.
     """
-    target, files = local_path(target), hf_files(checkpoint)
+    target, files = local_path(target), hf_folder(checkpoint)
     if layout != "packed" and lr_bits is not None:
         raise ValueError(f"--lr_bits has no meaning for --layout {layout}; leave it out.")
     if layout == "packed" and dtype is not None:

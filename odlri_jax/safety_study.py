@@ -51,7 +51,7 @@ ZERO_SHOT = "zero_shot"  # the attack whose first step tells harmful from harmle
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyConfig:
+class SafetyStudyConfig:
     """One study; the flags of the program describe the fields."""
 
     out: Path
@@ -99,13 +99,13 @@ class Variant:
         return self.packed_name + ("_aligned" if self.is_aligned_after else "")
 
 
-def sources(config: StudyConfig) -> dict[str, tuple[str, ...]]:
+def sources(config: SafetyStudyConfig) -> dict[str, tuple[str, ...]]:
     """Calibration -> its files: each alone, and all together."""
     alone = {name: (file,) for name, file in config.calibration_rows.items()}
     return alone | ({MIXTURE: tuple(config.calibration_rows.values())} if len(alone) > 1 else {})
 
 
-def list_variants(config: StudyConfig) -> list[Variant]:
+def list_variants(config: SafetyStudyConfig) -> list[Variant]:
     """Everything to measure, in order; the uncompressed models first."""
     plain = [Variant(model, bits) for model in config.checkpoints for bits in (32, 16)]
     settings = list(itertools.product(sources(config), config.bits, config.ranks, config.inits))
@@ -127,7 +127,7 @@ def list_variants(config: StudyConfig) -> list[Variant]:
 # -- making the models ------------------------------------------------------------------------------------------------
 
 
-def calibrated(config: StudyConfig, variant: Variant) -> Path:
+def calibrated(config: SafetyStudyConfig, variant: Variant) -> Path:
     """The folder of H for a model and a source of rows."""
     folder = config.out / "calibrations" / f"{variant.model}_{variant.calibration}"
     given = calibrate.CalibrateConfig(
@@ -142,7 +142,7 @@ def calibrated(config: StudyConfig, variant: Variant) -> Path:
     return folder
 
 
-def packed(config: StudyConfig, variant: Variant) -> tuple[Path, dict[str, float]]:
+def packed(config: SafetyStudyConfig, variant: Variant) -> tuple[Path, dict[str, float]]:
     """The packed folder of a variant, and the summary of its report."""
     folder = config.out / "packed" / variant.packed_name
     if not (folder / MANIFEST_NAME).is_file():
@@ -156,13 +156,13 @@ def packed(config: StudyConfig, variant: Variant) -> tuple[Path, dict[str, float
     return folder, json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["summary"]
 
 
-def aligned(config: StudyConfig, variant: Variant) -> Path:
+def aligned(config: SafetyStudyConfig, variant: Variant) -> Path:
     """The training folder of a packed model whose factors learned to put [EOS]."""
     folder = config.out / "aligned" / variant.packed_name
     return train(config.align_config, folder, packed(config, variant)[0], config.seed)
 
 
-def dense(config: StudyConfig, variant: Variant, checkpoint: Path) -> Path:
+def dense(config: SafetyStudyConfig, variant: Variant, checkpoint: Path) -> Path:
     """The matrices Q + L R of a packed model, in float32."""
     folder = config.out / "dense" / variant.name
     if not (folder / "config.json").is_file():
@@ -173,7 +173,9 @@ def dense(config: StudyConfig, variant: Variant, checkpoint: Path) -> Path:
 # -- measuring them ---------------------------------------------------------------------------------------------------
 
 
-def evaluated(config: StudyConfig, variant: Variant, checkpoint: Path | str, attack: str, prompts: str, name: str):
+def evaluated(
+    config: SafetyStudyConfig, variant: Variant, checkpoint: Path | str, attack: str, prompts: str, name: str
+):
     return evaluate.run(
         evaluate.EvaluationConfig(
             checkpoint=str(checkpoint),
@@ -191,7 +193,7 @@ def evaluated(config: StudyConfig, variant: Variant, checkpoint: Path | str, att
     )
 
 
-def measure(config: StudyConfig, variant: Variant) -> dict[str, Any]:
+def measure(config: SafetyStudyConfig, variant: Variant) -> dict[str, Any]:
     """The record of one variant."""
     bits, error = float(variant.bits), 0.0
     checkpoint: Path | str = config.checkpoints[variant.model]
@@ -284,7 +286,7 @@ def plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def check(config: StudyConfig) -> None:
+def check(config: SafetyStudyConfig) -> None:
     """ValueError for what would fail after hours."""
     files = {**config.calibration_rows, **config.prompts, **config.harmless}
     absent = [f"{name}={file}" for name, file in files.items() if not Path(file).exists()]
@@ -302,7 +304,7 @@ def check(config: StudyConfig) -> None:
         raise ValueError(f"--inits={','.join(unknown)}: no such start; choose from {', '.join(INITS)}.")
 
 
-def run(config: StudyConfig) -> list[dict[str, Any]]:
+def run(config: SafetyStudyConfig) -> list[dict[str, Any]]:
     """Measures what is not measured yet; writes and returns the records."""
     check(config)
     out, variants = config.out, list_variants(config)
@@ -343,7 +345,7 @@ def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     given = flags.FLAGS
     run(
-        StudyConfig(
+        SafetyStudyConfig(
             out=Path(given.out),
             checkpoints=_pairs("checkpoints"),
             calibration_rows=_pairs("calibration_rows"),

@@ -24,7 +24,7 @@ from a2d_jax.hf_io import SafetensorsFolder, split_into_shards, write_safetensor
 from a2d_jax.models.lora import LoRAConfig, add_lora
 from a2d_jax.models.naming import module_names, projections
 from a2d_jax.orbax_io import convert_folder
-from a2d_jax.pretrained import FORMATS_GROUP, hf_files
+from a2d_jax.pretrained import FORMATS_GROUP, hf_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ATOL = 1e-4
@@ -71,7 +71,7 @@ def test_orbax_keeps_every_byte_and_stands_alone(tmp_path):
     source = FIXTURES / "llada_tiny_sharded"
     names = [name.hf_name for name in convert_folder(source, tmp_path / "orbax")]
     assert len(names) == len(set(names)) == 21
-    assert hf_files(tmp_path / "orbax") == tmp_path / "orbax" / "hf"
+    assert hf_folder(tmp_path / "orbax") == tmp_path / "orbax" / "hf"
     a2d_jax.save_pretrained(a2d_jax.load_pretrained(tmp_path / "orbax"), tmp_path / "back")
     same_files(tmp_path / "back", source)
     with pytest.raises(ValueError, match="already holds a checkpoint"):

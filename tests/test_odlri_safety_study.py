@@ -9,7 +9,7 @@ from tokenizer_folders import write_llada
 
 import a2d_jax
 from odlri_jax.decompose_config import DecomposeConfig
-from odlri_jax.safety_study import StudyConfig, Variant, list_variants, run, safe_variants
+from odlri_jax.safety_study import SafetyStudyConfig, Variant, list_variants, run, safe_variants
 
 ROWS = [
     {"prompt": f"How do I bake bread {i}?", "response": f"Mix {i} eggs.", "is_safe": True, "BehaviorID": str(i)}
@@ -19,7 +19,7 @@ SAMPLER = a2d_jax.SamplerConfig(gen_length=4, steps=2, block_length=4)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> StudyConfig:
+def config(tmp_path_factory) -> SafetyStudyConfig:
     folder = write_llada(tmp_path_factory.mktemp("base"))
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 16}
@@ -29,7 +29,7 @@ def config(tmp_path_factory) -> StudyConfig:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"BehaviorID": row["BehaviorID"], "Behavior": row["prompt"]} for row in ROWS]
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    return StudyConfig(
+    return SafetyStudyConfig(
         out=tmp_path_factory.mktemp("study"),
         checkpoints={"base": str(folder)},
         calibration_rows={name: str(folder / f"{name}.jsonl") for name in ("harmless", "harmful")},

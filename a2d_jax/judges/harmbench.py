@@ -22,7 +22,7 @@ from flax import nnx
 from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.config import load_config
 from a2d_jax.judges.base import Row, Score, behavior_of
-from a2d_jax.pretrained import hf_files, load_pretrained
+from a2d_jax.pretrained import hf_folder, load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
@@ -115,7 +115,7 @@ class HarmBenchJudge:
     ):
         if not checkpoint:
             raise ValueError("judge 'harmbench' needs the folder of its classifier; give --judge_checkpoint")
-        files = hf_files(checkpoint)
+        files = hf_folder(checkpoint)
         if not load_config(files).is_causal:
             raise ValueError(f"{os.fspath(checkpoint)} holds no causal model; give cais/HarmBench-Llama-2-13b-cls")
         self._tokenizer = load_tokenizer(files, requires_mask=False)

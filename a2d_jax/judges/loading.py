@@ -12,6 +12,8 @@ from a2d_jax.judges.base import Judge
 from a2d_jax.judges.harmbench import HarmBenchJudge
 from a2d_jax.judges.keywords import keywords
 
+flags.disclaim_key_flags()  # --help shows them among those of the program that defines them
+
 JUDGES: dict[str, Judge] = {"keywords": keywords}
 _WITH_SETTINGS = ("api", "harmbench")
 

@@ -112,6 +112,7 @@ class Embed(nnx.Module):
         return jnp.where((tokens == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
+        """Logits of the tied head: (B, T, D) -> (B, T, V) float32."""
         embedding = self.embedding[...].astype(self.dtypes.compute)
         return jnp.einsum(
             "btd,vd->btv", x, embedding, precision=self.dtypes.precision, preferred_element_type=jnp.float32

@@ -42,6 +42,8 @@ class Event(NamedTuple):
 
 
 class Group(NamedTuple):
+    """Requests that one compiled program decodes: their plan and row length."""
+
     plan: Plan
     length: int
 
