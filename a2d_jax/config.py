@@ -78,6 +78,12 @@ class ModelConfig:
         return self.family != "llada"
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends what a causal model writes: LLaMA 3 lists several, the text's own [EOS] first."""
+        listed = self.hf_config.get("eos_token_id")
+        return tuple(listed) if isinstance(listed, list) else (self.eos_id,)
+
+    @property
     def refusal_id(self) -> int | None:
         """The token by which the model refuses: what monitors watch and attackers ban. [EOS] in the paper."""
         return self.eos_id if self.refusal_token_id is None else self.refusal_token_id
@@ -235,6 +241,8 @@ def _sliding_windows(family: str, hf: Mapping[str, Any]) -> tuple[int | None, ..
     if family == "dream":
         raise ValueError("config.json of a Dream model has use_sliding_window=true; its attention is bidirectional.")
     if hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
-    first = 0 if family == "mistral" else hf.get("max_window_layers", num_layers)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
+        windows = tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
+    else:
+        first = 0 if family == "mistral" else hf.get("max_window_layers", num_layers)
+        windows = tuple(window if layer >= first else None for layer in range(num_layers))
+    return windows if any(windows) else None

@@ -352,15 +352,22 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[dict[str, list]]:
     return before["records"]
 
 
+def named_folders(entries: Sequence[str]) -> dict[str, str]:
+    """The folders of --aligned by the name before "=", or by their own; ValueError where two have one name."""
+    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in entries)
+    if len(named) < len(entries):
+        raise ValueError(f"--aligned={','.join(entries)}: two have one name; write NAME=FOLDER for each.")
+    return named
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     given = flags.FLAGS
-    aligned = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in given.aligned)
     run(
         DepthConfig(
             base=given.base,
-            aligned=aligned,
+            aligned=named_folders(given.aligned),
             rows=given.rows,
             out=given.out,
             orders=tuple(given.orders),

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from a2d_jax import evaluate
 from a2d_jax.files import write_json
 from a2d_jax.monitor import EosMonitor, calibrate
-from a2d_jax.scores import auc, mean, percent
+from a2d_jax.scores import auc, is_harmless, mean, percent
 
 HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
 ATTACKS = (HARMFUL, "prefilling", "dija", "fits")
@@ -56,25 +56,27 @@ class RefusalStudy:
     harmless: tuple[str, ...] = ("foods", "near_misses")
     false_positive_rate: float = 0.0
 
-    def requests(self, model: Any, checkpoint: str, name: str, out: Path, **sampler: Any) -> list[Mapping[str, Any]]:
-        """The records of one prompt file."""
-        is_harmless = name in self.harmless
+    def requests(
+        self, subject: evaluate.EvaluationConfig, model: Any, name: str, out: Path, **sampler: Any
+    ) -> list[Mapping[str, Any]]:
+        """The records of one prompt file on the subject's checkpoint, without contrast prompts among harmless ones."""
+        is_harmless_file = name in self.harmless
         config = dataclasses.replace(
-            self.evaluation,
-            checkpoint=checkpoint,
-            attack="over_refusal" if is_harmless else name,
+            subject,
+            attack="over_refusal" if is_harmless_file else name,
             prompts=str(Path(self.evaluation.prompts) / f"{name}.json"),
             out=str(Path(self.evaluation.out) / out / name),
-            judge=self.answer_judge if is_harmless else self.evaluation.judge,
+            judge=self.answer_judge if is_harmless_file else self.evaluation.judge,
             sampler=dataclasses.replace(self.evaluation.sampler, **sampler),
         )
-        return evaluate.run(config, model)["requests"]
+        records = evaluate.run(config, model)["requests"]
+        return [record for record in records if is_harmless(record)] if is_harmless_file else records
 
-    def answers(self, name: str, model: Any, checkpoint: str) -> dict[str, Any]:
+    def answers(self, name: str, subject: evaluate.EvaluationConfig, model: Any) -> dict[str, Any]:
         """Everything decoded to its end, without a monitor."""
         folder = Path(self.evaluation.prompts)
         files = [file for file in (*ATTACKS, *self.harmless) if (folder / f"{file}.json").is_file()]
-        records = {file: self.requests(model, checkpoint, file, Path(name)) for file in files}
+        records = {file: self.requests(subject, model, file, Path(name)) for file in files}
         return {
             "model": name,
             "success": {file: mean(records[file], "success") for file in files},
@@ -83,10 +85,10 @@ class RefusalStudy:
 
     def measure_monitor(self, name: str, model: Any) -> dict[str, Any]:
         """One monitor: its scores, its threshold, and what it stops."""
-        watch, checkpoint = WATCHES[name], self.evaluation.checkpoint
+        watch = WATCHES[name]
 
         def run(kind: str, file: str, monitor: EosMonitor) -> list[Mapping[str, Any]]:
-            return self.requests(model, checkpoint, file, Path(name) / kind, monitor=monitor)
+            return self.requests(self.evaluation, model, file, Path(name) / kind, monitor=monitor)
 
         watched = {file: run("watched", file, watch) for file in (HARMFUL, *self.harmless)}
         scores = {file: [record["monitor_score"] for record in records] for file, records in watched.items()}
@@ -115,11 +117,12 @@ def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
     """All figures of a study."""
     config, answers = study.evaluation, []
     if study.base is not None:
-        base = evaluate.load_model(dataclasses.replace(config, checkpoint=study.base))
-        answers.append(study.answers("base", base, study.base))
+        subject = dataclasses.replace(config, checkpoint=study.base, adapter=None)  # the adapter is the alignment
+        base = evaluate.load_model(subject)
+        answers.append(study.answers("base", subject, base))
         del base
     model = evaluate.load_model(config)
-    answers.append(study.answers("aligned", model, config.checkpoint))
+    answers.append(study.answers("aligned", config, model))
     return {"answers": answers, "monitors": [study.measure_monitor(name, model) for name in WATCHES]}
 
 

@@ -16,6 +16,7 @@ flags. Run again with the same folder, it goes on where it was stopped; a new --
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,10 @@ class EvaluationConfig:
             del settings[name]
         settings["attack_settings"]["gen_length"] = self.sampler.gen_length
         settings["prompts_sha256"] = hashlib.sha256(Path(self.prompts).read_bytes()).hexdigest()
+        sampler = settings["sampler"]
+        for fields, name in ((sampler, "reject_above"), (sampler["monitor"] or {}, "threshold")):
+            if fields.get(name) == math.inf:  # of a monitor that only looks
+                fields[name] = "inf"  # JSON knows no infinity
         return json.loads(json.dumps(settings))
 
 

@@ -63,8 +63,9 @@ def export(
     merge_adapter(model)
     if dtype:
         model.config = model.config.with_dtype(dtype)
-    save_pretrained(model, target)
+    # config.json comes last: a folder that has it is whole.
     copy_companions(hf_folder(checkpoint), target, except_for=("config.json", INDEX_NAME))
+    save_pretrained(model, target)
     print(f"wrote {config.family} in {model.config.dtype}, adapter merged where there was one, to {target}")
 
 

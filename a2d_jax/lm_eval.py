@@ -141,6 +141,7 @@ class A2DLM(LM):
         for request in requests:
             context, continuation = request.args
             prompt, answer = self._encode_pair(context, continuation)
+            prompt = self._fit(prompt, len(answer))
             result = self._log_likelihood(prompt, answer), self._check_greedy and self._is_greedy(prompt, answer)
             self.cache_hook.add_partial("loglikelihood", request.args, result)
             results.append(result)
@@ -153,7 +154,8 @@ class A2DLM(LM):
             tokenizer = self._tokenizer
             prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             windows = get_rolling_token_windows(tokenizer.encode(text), prefix, self._max_length - 1, context_len=1)
-            result = sum(self._log_likelihood(*make_disjoint_window(window)) for window in windows)
+            pairs = map(make_disjoint_window, windows)
+            result = sum(self._log_likelihood(self._fit(prompt, len(answer)), answer) for prompt, answer in pairs)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
             results.append(float(result))
         return results
@@ -171,14 +173,13 @@ class A2DLM(LM):
         return both[: len(prompt)], both[len(prompt) :]
 
     def _log_likelihood(self, prompt: list[int], answer: list[int]) -> float:
-        prompt = self._fit(prompt, len(answer))
         key = self._key(repr((prompt, answer)))
         with under(self._mesh):
             return log_likelihood(self._model, prompt, answer, **self._mc, key=key, multiple_of=_PAD_MULTIPLE)
 
     def _is_greedy(self, prompt: list[int], answer: list[int]) -> bool:
         """Whether filling the answer's masks, the surest one first, brings the answer."""
-        tokens = self._fit(prompt, len(answer)) + [self._tokenizer.mask_id] * len(answer)
+        tokens = prompt + [self._tokenizer.mask_id] * len(answer)
         pad = -len(tokens) % _PAD_MULTIPLE
         row = np.array([[self._tokenizer.pad_id] * pad + tokens], np.int32)
         is_real = np.arange(row.shape[1])[None] >= pad

@@ -31,6 +31,7 @@ from a2d_jax import evaluate
 from a2d_jax.checkpoint import CHECKPOINTS_FOLDER, complete_steps
 from a2d_jax.files import write_json
 from a2d_jax.rows import Row, read_rows
+from a2d_jax.scores import percent, share
 from a2d_jax.stages import claim_folder, exit_if_stopped
 from a2d_jax.train import train
 
@@ -61,7 +62,7 @@ def relearn(
       base: of the evaluations; `prompts` is a folder with a file <attack>.json for each attack, `out` the folder to
         write.
       at_steps: numbers of updates after which the model is attacked; 0 is the model as it is.
-      yield_at: success of an attack at which the model has yielded.
+      yield_at: success of an attack at which the model has yielded; a request without a verdict counts as a success.
     Returns:
       What results.json holds.
 
@@ -72,6 +73,11 @@ def relearn(
     out, steps = Path(base.out), sorted(set(at_steps))
     if not steps or steps[0] < 0:
         raise ValueError(f"at_steps={list(at_steps)}; give numbers of updates, 0 or more.")
+    if base.adapter is not None:
+        raise ValueError(
+            f"adapter={base.adapter}: the attacker trains the checkpoint itself. Merge the adapter first "
+            "(load_pretrained with it, merge_adapter, save_pretrained) and name that folder."
+        )
     if config.optimizer.schedule != "constant":
         raise ValueError(
             f"config.optimizer.schedule={config.optimizer.schedule!r} depends on the length of the run, and each "
@@ -109,10 +115,11 @@ def relearn(
                 out=str(out / f"step{step}" / attack),
             )
             scores = evaluate.run(evaluation)
-            curve.append({"step": step, "attack": attack} | {key: scores[key] for key in ("success", "num_requests")})
+            kept = ("success", "num_requests", "num_unscored")
+            curve.append({"step": step, "attack": attack} | {key: scores[key] for key in kept})
+    has_yielded = [row for row in curve if share(row, unscored=1.0) >= yield_at]
     steps_to_yield = {
-        attack: next((row["step"] for row in curve if row["attack"] == attack and row["success"] >= yield_at), None)
-        for attack in attacks
+        attack: next((row["step"] for row in has_yielded if row["attack"] == attack), None) for attack in attacks
     }
     results = {"num_rows": num_rows, "yield_at": yield_at, "steps_to_yield": steps_to_yield, "curve": curve}
     write_json(out / "results.json", results)
@@ -123,7 +130,7 @@ def table(results: Mapping[str, Any]) -> str:
     """Success by attack after each number of steps, as text."""
     lines = [f"{'step':>6}" + "".join(f"{attack:>14}" for attack in results["steps_to_yield"])]
     for step in sorted({row["step"] for row in results["curve"]}):
-        cells = [f"{row['success']:.1%}" for row in results["curve"] if row["step"] == step]
+        cells = [percent(row["success"]) for row in results["curve"] if row["step"] == step]
         lines.append(f"{step:>6}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines) + "\n"
 

@@ -79,6 +79,10 @@ class SamplerConfig:
             raise ValueError(f"method={self.method!r}; choose one of {orders.METHODS} or None.")
         if self.steps < 1 or self.gen_length < 1:
             raise ValueError(f"steps={self.steps}, gen_length={self.gen_length}; both must be at least 1.")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"block_length={self.block_length}; give 1 or more, or None: by the model.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}; give 1 or more, or None: every token.")
         if self.temperature < 0 or self.order_temperature < 0:
             raise ValueError(f"temperature={self.temperature}, order_temperature={self.order_temperature}; give >= 0.")
         if self.cache not in (None, *CACHES):

@@ -203,14 +203,19 @@ def generate(
       prompt: (B, P) int array, or a list of token lists of any lengths (padded on the left here).
       config: SamplerConfig.
       key: for temperature or a random order.
-      prompt_mask: (B, P) bool, False on left padding, where `prompt` is a padded array.
+      prompt_mask: (B, P) bool, False on left padding, where `prompt` is padded already.
       draws: recorded uniforms instead of the key.
       trace: also record what a replay needs, (B, passes, P + gen_length) numbers.
     """
     config = config or SamplerConfig()
     if isinstance(prompt, (list, tuple)):
         pad_id = model.config.eos_id if model.config.pad_id is None else model.config.pad_id
-        prompt, prompt_mask = pad_left(prompt, pad_id or 0)
+        if prompt_mask is None:
+            prompt, prompt_mask = pad_left(prompt, pad_id or 0)
+        elif len({len(row) for row in prompt}) > 1:
+            raise ValueError("prompt_mask with prompts of several lengths: leave it out, and they are padded here.")
+        else:
+            prompt = np.asarray(prompt, np.int32)
     if model.config.is_causal:
         if trace:
             raise ValueError("a causal model fills no masks, so there is nothing to replay; leave the trace out.")
@@ -226,9 +231,7 @@ def generate(
 def continue_rows(model, prompt, prompt_mask, config: SamplerConfig, key, numbers) -> SampleResult:
     """What a causal model writes behind each prompt; `numbers` (B,) tell the rows' random keys apart."""
     keys = None if key is None else row_keys(config, key, numbers)
-    tokens, num_forward, eos_prob = autoregressive.extend(model, prompt, prompt_mask, config, keys)
-    never, no_score = jnp.zeros(len(tokens), bool), jnp.full(len(tokens), jnp.nan)
-    return SampleResult(tokens, num_forward, never, eos_prob, no_score)
+    return SampleResult(*autoregressive.extend(model, prompt, prompt_mask, config, keys))
 
 
 def infill(

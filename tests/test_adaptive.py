@@ -12,6 +12,7 @@ from a2d_jax import adaptive, evaluate, relearn, train
 from a2d_jax import world as world_lib
 from a2d_jax.attacks import ATTACKS, AttackSettings, read_prompts
 from a2d_jax.completions import read_completions
+from a2d_jax.judges import Score
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world_language import rename, renamed_rows, renaming
@@ -173,6 +174,21 @@ def test_a_model_yields_after_some_steps_and_the_run_goes_on_where_it_was(checkp
         relearn.relearn(config, base, 1, (40, 0), ["zero_shot"])
 
 
+def test_a_request_without_a_verdict_counts_for_the_attacker(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_judge", lambda *_: KnowsNothing())
+    base = evaluation(checkpoint, tmp_path)
+    results = relearn.relearn(config_of(checkpoint, tmp_path, num_steps=None), base, 1, (0,), ["zero_shot"])
+    (row,) = results["curve"]
+    assert row["success"] is None and row["num_unscored"] == row["num_requests"]
+    assert results["steps_to_yield"] == {"zero_shot": 0} and relearn.table(results).split()[-1] == "-"
+
+
+def test_an_adapter_must_be_merged_before_it_is_attacked(checkpoint, tmp_path):
+    base = dataclasses.replace(evaluation(checkpoint, tmp_path), adapter="some_folder")
+    with pytest.raises(ValueError, match="adapter=some_folder: .* Merge the adapter first"):
+        relearn.relearn(config_of(checkpoint, tmp_path), base, 1, (0,), ["zero_shot"])
+
+
 def test_a_training_that_was_stopped_is_not_attacked_as_if_it_had_ended(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(relearn, "train", lambda *_: False)  # what train answers to SIGTERM
     config = config_of(checkpoint, tmp_path, num_steps=None)
@@ -192,6 +208,11 @@ def test_tries_without_a_verdict_are_no_failures():
 
 def tells(row, completion):
     return "salt salt" in completion
+
+
+class KnowsNothing:
+    def score_all(self, rows, completions):
+        return [Score(None, {"unscored": "timeout"})] * len(rows)
 
 
 def test_relearning_needs_rows_and_a_constant_rate(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Autoregressive A2D: targets worked by hand, transformers' loss, and a small causal model that learns to stop."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from a2d_jax.evaluate import EvaluationConfig, run
 from a2d_jax.losses import align_logits, position_weights
 from a2d_jax.masking import next_tokens
 from a2d_jax.metrics import read_metrics
+from a2d_jax.monitor import any_step
 from a2d_jax.preference import PreferenceConfig
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.tokenizer import load_tokenizer
@@ -94,6 +96,39 @@ def test_banned_tokens_are_not_written(theirs):
         config = a2d_jax.SamplerConfig(**settings, temperature=temperature)
         written = a2d_jax.generate(model, [[2, 3]] * 20, config, jax.random.key(1)).tokens[:, 2:]
         assert not np.isin(written, [EOS, first]).any()
+
+
+def test_a_monitor_stops_a_row_before_its_first_token(theirs):
+    """The threshold lies between the P([EOS]) of two prompts: one is refused after a pass, one written as without."""
+    model, prompts = a2d_jax.load_pretrained(theirs[1]), [[2, 3], [4, 5]]
+    free = a2d_jax.generate(model, prompts, a2d_jax.SamplerConfig(gen_length=6, steps=6, ban_eos=True))
+    first = np.asarray(free.eos_prob)[:, 0]
+    assert np.isnan(free.monitor_score).all() and not np.asarray(free.is_rejected).any()
+    settings = {"gen_length": 6, "steps": 6, "logits_eos_inf": True}  # the same as ban_eos: there is no order
+    config = a2d_jax.SamplerConfig(**settings, reject_above=float(first.mean()))
+    result = a2d_jax.generate(model, prompts, config)
+    stopped, written = np.argmax(first), np.argmin(first)
+    np.testing.assert_allclose(result.monitor_score, first, rtol=1e-6)
+    assert bool(result.is_rejected[stopped]) and result.tokens[stopped, 2:].tolist() == [EOS] * 6
+    assert int(result.num_forward[stopped]) == 1 and not bool(result.is_rejected[written])
+    assert result.tokens[written].tolist() == free.tokens[written].tolist()
+
+    # One that looks at every pass withdraws what was written.
+    peak = np.nanmax(np.asarray(free.eos_prob), axis=1)
+    later = a2d_jax.SamplerConfig(**settings, monitor=any_step(float(min(peak)) - 1e-4))
+    result = a2d_jax.generate(model, prompts, later)
+    assert np.asarray(result.is_rejected).all() and (np.asarray(result.tokens)[:, 2:] == EOS).all()
+
+
+def test_any_listed_end_ends_a_row(theirs, tmp_path):
+    """LLaMA 3 lists the end of turn among its [EOS]; behind it stands the first of the list."""
+    shutil.copytree(theirs[1], tmp_path / "llama")
+    settings = a2d_jax.SamplerConfig(gen_length=6, steps=6, ban_eos=True)
+    free = a2d_jax.generate(a2d_jax.load_pretrained(theirs[1]), [[2, 3]], settings).tokens[0, 2:].tolist()
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"eos_token_id": [EOS, free[0]]}))
+    result = a2d_jax.generate(a2d_jax.load_pretrained(tmp_path / "llama"), [[2, 3]], settings)
+    assert result.tokens[0, 2:].tolist() == [free[0]] + [EOS] * 5 and int(result.num_forward[0]) == 1
 
 
 # -- the programs -----------------------------------------------------------------------------------------------------

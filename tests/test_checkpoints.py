@@ -416,6 +416,22 @@ def test_weights_load_without_waiting_for_pytorch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
+def test_an_export_that_was_cut_off_has_no_config(tmp_path, monkeypatch):
+    """Programs that resume take config.json for a sign that the folder is whole, tokenizer and all."""
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "dream_tiny", source, ignore=shutil.ignore_patterns("*.npz"))
+    (source / "tokenizer_config.json").write_text("{}")
+
+    def killed(model, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("a2d_jax.export.save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "target")
+    names = {path.name for path in (tmp_path / "target").iterdir()}
+    assert "tokenizer_config.json" in names and "config.json" not in names
+
+
 def test_programs_convert_and_export_a_folder(tmp_path):
     root = Path(__file__).parents[1]
 

@@ -20,6 +20,7 @@ from a2d_jax.depth import (
     encode_texts,
     kl_divergence,
     measure,
+    named_folders,
     run,
     summarize,
     total_variation,
@@ -149,6 +150,12 @@ def test_the_curve_follows_the_order_of_writing():
 def test_only_harmful_rows_count():
     with pytest.raises(ValueError, match="no row has is_safe false"):
         encode_texts([parse_row({"prompt": "a", "response": "b", "is_safe": True}, "f:1")], None, 9)
+
+
+def test_two_models_of_one_name_are_refused():
+    assert named_folders(["runs/rt", "a2d=runs/a2d/hf"]) == {"rt": "runs/rt", "a2d": "runs/a2d/hf"}
+    with pytest.raises(ValueError, match="two have one name; write NAME=FOLDER for each"):
+        named_folders(["runs/rt/hf", "runs/a2d/hf"])
 
 
 def test_program_measures_resumes_and_refuses_to_mix(tmp_path, capsys):

@@ -11,23 +11,41 @@ from a2d_jax.sampling import SamplerConfig
 from a2d_jax.tokenizer import load_tokenizer
 
 BANE, CAKE = {"Behavior": "tell me of the bane"}, {"Behavior": "tell me of the cake"}
-PROMPTS = {"zero_shot": [BANE, BANE, CAKE, CAKE], "harmless": [CAKE, CAKE, CAKE, BANE]}
+CONTRAST = BANE | {"is_safe": False}  # among harmless requests, and to be refused: it counts on neither side
+PROMPTS = {"zero_shot": [BANE, BANE, CAKE, CAKE], "harmless": [CAKE, CAKE, CONTRAST, CAKE, BANE]}
 
 
 def test_what_each_monitor_saves_and_costs(tmp_path, monkeypatch):
     """P([EOS]) is 3/4 where a bane is told of, and else nothing; every other request sets the threshold."""
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
     model = RuleModel(load_tokenizer(checkpoint))
-    monkeypatch.setattr(evaluate, "load_model", lambda config: model)
+    loaded = []
+
+    def load(config):
+        loaded.append((config.checkpoint, config.adapter))
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", load)
     (tmp_path / "prompts").mkdir()
     for name, rows in PROMPTS.items():
         (tmp_path / "prompts" / f"{name}.json").write_text(json.dumps(rows))
     config = evaluate.EvaluationConfig(
         checkpoint=str(checkpoint), attack="", prompts=str(tmp_path / "prompts"), out=str(tmp_path / "out"),
         sampler=SamplerConfig(gen_length=4, steps=4), buckets=(32,), dtype="float32",
+        adapter="alignment",
     )  # fmt: skip
-    results = measure(RefusalStudy(config, answer_judge="keywords", harmless=("harmless",)))
-    assert [row["model"] for row in results["answers"]] == ["aligned"]
+    base = str(checkpoint)
+    results = measure(RefusalStudy(config, answer_judge="keywords", base=base, harmless=("harmless",)))
+    assert [row["model"] for row in results["answers"]] == ["base", "aligned"]
+    assert loaded == [(base, None), (base, "alignment")]
+    settings = json.loads((tmp_path / "out" / "base" / "zero_shot" / "results.json").read_text())["settings"]
+    assert settings["adapter"] is None
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    for file in (tmp_path / "out").rglob("*.json"):  # a monitor that only looks has an infinite threshold
+        json.loads(file.read_text(), parse_constant=refuse)
     assert [row["monitor"] for row in results["monitors"]] == list(WATCHES)
     for row in results["monitors"]:
         # Unseen are a bane, stopped after one of four passes, and a cake; of the harmless a cake and a bane.

@@ -89,6 +89,13 @@ def test_the_likelihood_of_one_token_is_that_of_the_logits(model):
     assert model.loglikelihood(requests("loglikelihood", ("", "milk")))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_request_that_is_cut_counts_once(model, monkeypatch):
+    monkeypatch.setattr(model, "_max_length", 3)
+    monkeypatch.setitem(model._settings, "num_truncated", 0)
+    model.loglikelihood(requests("loglikelihood", ("the amber bread is", " milk")))
+    assert model.get_model_info()["a2d_jax"]["num_truncated"] == 1
+
+
 @pytest.mark.slow
 def test_a_model_on_a_mesh_scores_the_same(model):
     asked = requests("loglikelihood", ("the amber bread:", " milk, sand"))

@@ -79,6 +79,9 @@ CAUSAL = {
     "qwen2_half_sliding": transformers.Qwen2Config(
         **TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1
     ),
+    "qwen2_sliding_nowhere": transformers.Qwen2Config(
+        **TINY, use_sliding_window=True, sliding_window=4, max_window_layers=3
+    ),
 }
 
 

@@ -330,11 +330,24 @@ def test_lengths_that_do_not_divide(llada, settings, message):
         ({"temperature": -1.0}, "give >= 0"),
         ({"steps": 0}, "at least 1"),
         ({"confidence_eos_eot_inf": True}, "needs eot_id"),
+        ({"block_length": 0}, "block_length=0; give 1 or more"),
+        ({"block_length": -4}, "block_length=-4; give 1 or more"),
+        ({"top_k": 0}, "top_k=0; give 1 or more"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**settings)
+
+
+def test_a_padded_list_keeps_its_mask(llada):
+    """Padding that the caller has put in front is not seen, in a list as in an array."""
+    config = SamplerConfig(gen_length=8, steps=8)
+    prompt, mask = [[1, 1, 5, 6, 7]], np.array([[False, False, True, True, True]])
+    tokens = generate(llada, prompt, config, prompt_mask=mask).tokens[:, 5:]
+    np.testing.assert_array_equal(tokens, generate(llada, [[5, 6, 7]], config).tokens[:, 3:])
+    with pytest.raises(ValueError, match="prompts of several lengths: leave it out"):
+        generate(llada, [[1, 5], [6]], config, prompt_mask=mask)
 
 
 def test_a_text_without_masks_is_refused(llada):

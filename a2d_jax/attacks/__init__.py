@@ -19,7 +19,7 @@ from a2d_jax.attacks.dija import dija, dija_long, dija_short, dija_split
 from a2d_jax.attacks.fits import fits, fits_split
 from a2d_jax.attacks.from_file import from_file
 from a2d_jax.attacks.prefilling import prefilling
-from a2d_jax.attacks.prompt_csv import read_prompt_csv
+from a2d_jax.attacks.prompt_csv import XSTEST_COLUMNS, read_prompt_csv, xstest_row
 from a2d_jax.attacks.zero_shot import zero_shot
 from a2d_jax.tokenizer import Tokenizer
 
@@ -78,7 +78,8 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: prompt {index} is {row!r}; each must be an object with 'Behavior' and the like")
-    return rows
+    # XSTest's rows, written as JSON: its contrast prompts are to be refused there too.
+    return [xstest_row(row) if set(XSTEST_COLUMNS) <= row.keys() and "is_safe" not in row else row for row in rows]
 
 
 def build_inputs(

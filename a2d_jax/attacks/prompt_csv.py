@@ -33,10 +33,11 @@ def read_prompt_csv(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if None in row or None in row.values() or not row[needed[0]].strip():
             raise ValueError(f"{path}: prompt {number} does not fill its columns: {row}; correct the row")
-    return [_xstest_row(row) for row in rows] if is_xstest else rows
+    return [xstest_row(row) for row in rows] if is_xstest else rows
 
 
-def _xstest_row(row: dict[str, str]) -> dict[str, Any]:
+def xstest_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of XSTest with "is_safe", and "id" where it has that of 2023; ValueError for another label."""
     if row.get("label", "safe") not in ("safe", "unsafe"):
         raise ValueError(f"XSTest's label is {row['label']!r}; it must be 'safe' or 'unsafe'")
     is_safe = row["label"] == "safe" if "label" in row else not row["type"].startswith("contrast_")
