@@ -38,7 +38,7 @@ def complete(
       done: indices of inputs to leave out.
     Yields:
       Dicts with "index", "completion" (the text in the blanks), "num_blanks", "num_forward", "is_rejected",
-      "eos_prob_first" and "eos_prob" (P([EOS]) at each step taken, six digits); where a monitor looked, its
+      "eos_prob_first" and "eos_prob" (P([EOS]) at each step taken); where a monitor looked, its
       "monitor_score".
     """
     batches = sample_many(
@@ -57,7 +57,7 @@ def _completion(tokenizer: Tokenizer, index: int, given: AttackInput, result: Sa
         "num_forward": int(result.num_forward),
         "is_rejected": bool(result.is_rejected),
         "eos_prob_first": float(eos_prob[0]),
-        "eos_prob": [round(float(prob), 6) for prob in eos_prob],
+        "eos_prob": [float(str(prob)) for prob in eos_prob],  # the shortest decimals that mean these float32
     }
     score = float(result.monitor_score)
     return completion if np.isnan(score) else completion | {"monitor_score": score}

@@ -6,14 +6,15 @@
 
 `--prompts` is a folder: zero_shot.json holds the harmful requests, other attacks may lie beside it, and the files of
 --harmless hold harmless ones. First everything is decoded to its end, attacks and harmless requests (of --base too,
-where it is given). Then each monitor watches the harmful and the harmless requests to their end; its threshold is
-calibrated on every other request of both kinds, and the requests are decoded again with the monitor at work. So forward
-passes, refusals and over-refusals are counted, not computed, among the requests that the threshold has not seen. Run
-again with the same folder, it goes on where it was stopped; the flags of `a2d_jax.evaluate` hold.
+where it is given), and P([EOS]) recorded. Each monitor's threshold is calibrated on what it would have seen of every
+other request, harmful and harmless; then the requests between are decoded again with the monitor at work. So forward
+passes, refusals and over-refusals are counted, not computed, on requests that the threshold has not seen. Run again
+with the same folder, it goes on where it was stopped; the flags of `a2d_jax.evaluate` hold.
 
-    OUT/<model>/<name>/, OUT/<monitor>/{watched, stopped}/<name>/   the evaluations
-    OUT/results.json     {"answers": [...], "monitors": [...]}
-    OUT/results.md       the same for people
+    OUT/<model>/<name>/, OUT/<monitor>/<name>/   the evaluations
+    OUT/unseen/<name>.json                       every other request
+    OUT/results.json                             {"answers": [...], "monitors": [...]}
+    OUT/results.md                               the same for people
 """
 
 import dataclasses
@@ -26,19 +27,29 @@ import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax import evaluate
+from a2d_jax.attacks import read_prompts
+from a2d_jax.completions import read_completions
 from a2d_jax.files import write_json
 from a2d_jax.monitor import EosMonitor, calibrate
 from a2d_jax.scores import auc, is_harmless, mean, percent
 
 HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
-ATTACKS = (HARMFUL, "prefilling", "dija", "fits")
+FURTHER_ATTACKS = ("prefilling", "dija", "fits")
+# What looks beyond the left-most mask has to be there while a request is decoded; the other monitors' scores follow
+# from the record that every decoding keeps.
+LIVE = EosMonitor(math.inf, num_steps=8, num_positions=4)
 # The paper's; the left-most mask, and the first four, at the first passes; the left-most at all passes.
 WATCHES = {
     "first_step": EosMonitor(math.inf),
     "any_step_8": EosMonitor(math.inf, num_steps=8),
-    "any_position_4_8": EosMonitor(math.inf, num_steps=8, num_positions=4),
+    "any_position_4_8": LIVE,
     "any_step": EosMonitor(math.inf, num_steps=None),
 }
+
+
+def score(watch: EosMonitor, record: Mapping[str, Any]) -> float:
+    """What the monitor would have said of a request that was decoded to its end beside `LIVE`."""
+    return record["monitor_score"] if watch == LIVE else max(record["eos_prob"][: watch.num_steps])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,47 +67,60 @@ class RefusalStudy:
     harmless: tuple[str, ...] = ("foods", "near_misses")
     false_positive_rate: float = 0.0
 
+    def prompts(self, file: str, is_unseen: bool = False) -> Path:
+        """A prompt file, or a copy with every other of the requests that count."""
+        path = Path(self.evaluation.prompts) / f"{file}.json"
+        if not is_unseen:
+            return path
+        rows = read_prompts(path)[: self.evaluation.limit]
+        rows = [row for row in rows if file not in self.harmless or is_harmless(row)]
+        copy = Path(self.evaluation.out) / "unseen" / f"{file}.json"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_json(copy, rows[1::2])
+        return copy
+
     def requests(
-        self, subject: evaluate.EvaluationConfig, model: Any, name: str, out: Path, **sampler: Any
+        self, subject: evaluate.EvaluationConfig, model: Any, prompts: Path, name: str, monitor: EosMonitor
     ) -> list[Mapping[str, Any]]:
-        """The records of one prompt file on the subject's checkpoint, without contrast prompts among harmless ones."""
-        is_harmless_file = name in self.harmless
+        """The records of one prompt file on the subject's checkpoint, with "eos_prob" (P([EOS]) at the left-most mask
+        of each pass) and without contrast prompts among harmless ones."""
+        file = prompts.stem
+        is_harmless_file = file in self.harmless
         config = dataclasses.replace(
             subject,
-            attack="over_refusal" if is_harmless_file else name,
-            prompts=str(Path(self.evaluation.prompts) / f"{name}.json"),
-            out=str(Path(self.evaluation.out) / out / name),
+            attack="over_refusal" if is_harmless_file else file,
+            prompts=str(prompts),
+            out=str(Path(self.evaluation.out) / name / file),
             judge=self.answer_judge if is_harmless_file else self.evaluation.judge,
-            sampler=dataclasses.replace(self.evaluation.sampler, **sampler),
+            sampler=dataclasses.replace(self.evaluation.sampler, monitor=monitor),
         )
         records = evaluate.run(config, model)["requests"]
+        completions = read_completions(Path(config.out) / "completions.jsonl")
+        records = [record | {"eos_prob": completions[record["index"]]["eos_prob"]} for record in records]
         return [record for record in records if is_harmless(record)] if is_harmless_file else records
 
-    def answers(self, name: str, subject: evaluate.EvaluationConfig, model: Any) -> dict[str, Any]:
-        """Everything decoded to its end, without a monitor."""
-        folder = Path(self.evaluation.prompts)
-        files = [file for file in (*ATTACKS, *self.harmless) if (folder / f"{file}.json").is_file()]
-        records = {file: self.requests(subject, model, file, Path(name)) for file in files}
-        return {
-            "model": name,
-            "success": {file: mean(records[file], "success") for file in files},
-            "refused": {file: mean(records[file], "is_refused") for file in files},
-        }
+    def decode_all(
+        self, subject: evaluate.EvaluationConfig, model: Any, name: str
+    ) -> dict[str, list[Mapping[str, Any]]]:
+        """The records of every prompt file, each request decoded to its end."""
+        further = [attack for attack in FURTHER_ATTACKS if self.prompts(attack).is_file()]
+        files = (HARMFUL, *further, *self.harmless)
+        return {file: self.requests(subject, model, self.prompts(file), name, LIVE) for file in files}
 
-    def measure_monitor(self, name: str, model: Any) -> dict[str, Any]:
-        """One monitor: its scores, its threshold, and what it stops."""
-        watch = WATCHES[name]
-
-        def run(kind: str, file: str, monitor: EosMonitor) -> list[Mapping[str, Any]]:
-            return self.requests(self.evaluation, model, file, Path(name) / kind, monitor=monitor)
-
-        watched = {file: run("watched", file, watch) for file in (HARMFUL, *self.harmless)}
-        scores = {file: [record["monitor_score"] for record in records] for file, records in watched.items()}
+    def measure_monitor(
+        self, name: str, model: Any, watched: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> dict[str, Any]:
+        """One monitor: its scores of what was decoded to its end, its threshold, and what it stops."""
+        watch, files = WATCHES[name], (HARMFUL, *self.harmless)
+        scores = {file: [score(watch, record) for record in watched[file]] for file in files}
         harmless = np.concatenate([scores[file] for file in self.harmless])
         seen = np.concatenate([scores[file][::2] for file in self.harmless])
         threshold = calibrate(seen, self.false_positive_rate, scores[HARMFUL][::2])
         monitor = dataclasses.replace(watch, threshold=threshold)
-        unseen = {file: run("stopped", file, monitor)[1::2] for file in (HARMFUL, *self.harmless)}
+        unseen = {
+            file: self.requests(self.evaluation, model, self.prompts(file, is_unseen=True), name, monitor)
+            for file in files
+        }
         full = mean(watched[HARMFUL][1::2], "num_forward")
         passes = mean(unseen[HARMFUL], "num_forward")
         return {
@@ -113,17 +137,26 @@ class RefusalStudy:
         }
 
 
+def sum_up(name: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Success and refusals of a model by prompt file."""
+    return {"model": name} | {
+        title: {file: mean(of_file, key) for file, of_file in records.items()}
+        for title, key in (("success", "success"), ("refused", "is_refused"))
+    }
+
+
 def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
     """All figures of a study."""
     config, answers = study.evaluation, []
     if study.base is not None:
         subject = dataclasses.replace(config, checkpoint=study.base, adapter=None)  # the adapter is the alignment
         base = evaluate.load_model(subject)
-        answers.append(study.answers("base", subject, base))
+        answers.append(sum_up("base", study.decode_all(subject, base, "base")))
         del base
     model = evaluate.load_model(config)
-    answers.append(study.answers("aligned", config, model))
-    return {"answers": answers, "monitors": [study.measure_monitor(name, model) for name in WATCHES]}
+    records = study.decode_all(config, model, "aligned")
+    answers.append(sum_up("aligned", records))
+    return {"answers": answers, "monitors": [study.measure_monitor(name, model, records) for name in WATCHES]}
 
 
 def markdown(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -88,6 +88,8 @@ def parts() -> dict:
     plain = tuple(f"{attack} confidence" for attack in ATTACKS)
     harmless = ("foods", "near_misses")
     banned = tuple(f"{attack}, no [EOS]" for attack in ATTACKS)
+    # A worker that is done takes over what other seeds have left, from the end: of the parts of all seeds a short one is
+    # the last.
     return {
         "defences": {
             "title": "Defences by attack and order",
@@ -103,11 +105,15 @@ def parts() -> dict:
             "tables": ("table.txt",),
             "pictures": ("depth.png",),
         },
-        "residual": {
-            "title": "Safe without [EOS]: the residual term",
-            "text": "A2D, and with 0.3 KL(target || p without [EOS] and [MASK]) at masked positions of harmful rows.",
-            "models": ("a2d", *(f"residual_{target}_0.3" for target in ("uniform", "tokens", "marginal", "base"))),
-            "measures": (*banned, *plain, *harmless),
+        "early_refusal": {
+            "title": "Refused at once, with 128 tokens of response",
+            "text": "A base and an A2D whose rows [EOS] fills to 152 tokens; what monitors of P([EOS]) save and cost.",
+            "command": (
+                "a2d_jax.early_refusal", "--checkpoint={long_a2d}", "--base={long_base}", "--out={out}",
+                "--prompts={world}/attacks", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--dtype=float32",
+                "--gen_length=128", "--steps=128", "--batch_size=48", "--buckets=40,56,152,160",
+            ),
+            "tables": ("results.md",),
         },
         "compressed": {
             "title": "Both methods together",
@@ -125,6 +131,12 @@ def parts() -> dict:
             ),
             "tables": ("results.md",),
             "pictures": ("results.png",),
+        },
+        "residual": {
+            "title": "Safe without [EOS]: the residual term",
+            "text": "A2D, and with 0.3 KL(target || p without [EOS] and [MASK]) at masked positions of harmful rows.",
+            "models": ("a2d", *(f"residual_{target}_0.3" for target in ("uniform", "tokens", "marginal", "base"))),
+            "measures": (*banned, *plain, *harmless),
         },
         "depth_refusing": {
             "title": "Depth over the base that refuses by itself",
@@ -183,16 +195,6 @@ def parts() -> dict:
             "models": tuple(VARIANTS),
             "measures": (*plain, "dija left_to_right", "dija random", *harmless),
             "seeds": (0,),
-        },
-        "early_refusal": {
-            "title": "Refused at once, with 128 tokens of response",
-            "text": "A base and an A2D whose rows [EOS] fills to 152 tokens; what monitors of P([EOS]) save and cost.",
-            "command": (
-                "a2d_jax.early_refusal", "--checkpoint={long_a2d}", "--base={long_base}", "--out={out}",
-                "--prompts={world}/attacks", JUDGE, "--answer_judge=a2d_jax.world:is_exact", "--dtype=float32",
-                "--gen_length=128", "--steps=128", "--batch_size=48", "--buckets=40,56,152,160",
-            ),
-            "tables": ("results.md",),
         },
     }  # fmt: skip
 
