@@ -5,7 +5,9 @@ from absl import flags
 flags.disclaim_key_flags()  # --help shows it among those of the program that defines it
 
 
-class _SizesParser(flags.ArgumentParser):
+class SizesParser(flags.ArgumentParser):
+    """Text "D,F,T" -> (data, fsdp, tensor); ValueError for anything else."""
+
     syntactic_help = "three whole numbers with commas between"
 
     def parse(self, argument: str) -> tuple[int, int, int]:
@@ -22,4 +24,4 @@ class _SizesParser(flags.ArgumentParser):
 def define_mesh_flag(what: str = "the device mesh") -> flags.FlagHolder:
     """Defines --mesh: sizes for `sharding.make_mesh`, or None for the first device alone."""
     text = f"sizes data,fsdp,tensor of {what}; default: the first device"
-    return flags.DEFINE(_SizesParser(), "mesh", None, text, serializer=flags.CsvListSerializer(","))
+    return flags.DEFINE(SizesParser(), "mesh", None, text, serializer=flags.CsvListSerializer(","))

@@ -88,8 +88,8 @@ def parts() -> dict:
     plain = tuple(f"{attack} confidence" for attack in ATTACKS)
     harmless = ("foods", "near_misses")
     banned = tuple(f"{attack}, no [EOS]" for attack in ATTACKS)
-    # A worker that is done takes over what other seeds have left, from the end: of the parts of all seeds a short one is
-    # the last.
+    # A worker that is done takes over what other seeds have left, from the end: there stands a short one of the parts
+    # that all seeds have.
     return {
         "defences": {
             "title": "Defences by attack and order",

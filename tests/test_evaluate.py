@@ -359,6 +359,12 @@ def test_settings_of_the_judge_do_not_ask_for_new_completions(checkpoint, prompt
     assert "judge_settings" not in run(changed)["settings"]
 
 
+def test_the_help_of_a_program_shows_the_flags_that_it_shares():
+    done = subprocess.run([sys.executable, "-m", "a2d_jax.adaptive", "--help"], capture_output=True, text=True)
+    for flag in ("variants", "checkpoint", "gen_length", "judge_url", "mesh"):
+        assert f"--{flag}:" in done.stdout or f"--[no]{flag}:" in done.stdout, flag
+
+
 def test_over_refusal_by_the_command_line(checkpoint, prompts, tmp_path):
     command = f"--checkpoint {checkpoint} --attack over_refusal --prompts {prompts} --out {tmp_path / 'out'} --limit 2"
     command += " --gen_length 4 --steps 4 --dtype float32 --buckets 16,32 --order margin --ban_eos --reject_above 2"

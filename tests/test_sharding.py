@@ -10,6 +10,7 @@ import pytest
 import a2d_jax
 from a2d_jax.assembly import assemble, with_adapter
 from a2d_jax.data import Batch
+from a2d_jax.mesh_flag import SizesParser
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.settings import RunConfig
 from a2d_jax.sharding import make_mesh
@@ -85,6 +86,13 @@ def test_weights_and_their_moments_are_split_and_the_state_stays_where_it_was():
     assert len(moments) >= 2
     assert all(moment.sharding.is_equivalent_to(kernel.sharding, kernel.ndim) for moment in moments[:2])
     assert state.step.sharding.is_fully_replicated
+
+
+def test_sizes_on_the_command_line():
+    assert SizesParser().parse("1,-1,4") == (1, -1, 4)
+    for text in ("1x1x4", "1,4", "1,1,two", ""):
+        with pytest.raises(ValueError, match="give three whole numbers, the sizes of data,fsdp,tensor"):
+            SizesParser().parse(text)
 
 
 def test_sizes_that_do_not_fit_the_devices_are_refused():
