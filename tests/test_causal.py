@@ -91,9 +91,9 @@ def test_banned_tokens_are_not_written(theirs):
     model = a2d_jax.load_pretrained(theirs[1])
     free = a2d_jax.generate(model, [[2, 3]], a2d_jax.SamplerConfig(gen_length=6, steps=6)).tokens[0, 2:]
     first = int(free[0])
-    settings = {"gen_length": 6, "steps": 6, "ban_eos": True, "ban_eot": True, "eot_id": first}
-    for temperature in (0.0, 5.0):
-        config = a2d_jax.SamplerConfig(**settings, temperature=temperature)
+    settings = {"gen_length": 6, "steps": 6, "ban_eot": True, "eot_id": first, "temperature": 5.0}
+    for ban in ("ban_eos", "logits_eos_inf"):  # the same here: there is no order
+        config = a2d_jax.SamplerConfig(**settings, **{ban: True})
         written = a2d_jax.generate(model, [[2, 3]] * 20, config, jax.random.key(1)).tokens[:, 2:]
         assert not np.isin(written, [EOS, first]).any()
 
@@ -104,7 +104,7 @@ def test_a_monitor_stops_a_row_before_its_first_token(theirs):
     free = a2d_jax.generate(model, prompts, a2d_jax.SamplerConfig(gen_length=6, steps=6, ban_eos=True))
     first = np.asarray(free.eos_prob)[:, 0]
     assert np.isnan(free.monitor_score).all() and not np.asarray(free.is_rejected).any()
-    settings = {"gen_length": 6, "steps": 6, "logits_eos_inf": True}  # the same as ban_eos: there is no order
+    settings = {"gen_length": 6, "steps": 6, "ban_eos": True}
     config = a2d_jax.SamplerConfig(**settings, reject_above=float(first.mean()))
     result = a2d_jax.generate(model, prompts, config)
     stopped, written = np.argmax(first), np.argmin(first)
