@@ -26,7 +26,7 @@ from a2d_jax import evaluate
 from a2d_jax.attacks import build_inputs, read_prompts
 from a2d_jax.config import load_config
 from a2d_jax.files import write_json
-from a2d_jax.pretrained import hf_folder
+from a2d_jax.folders import hf_folder
 from a2d_jax.scores import mean, percent
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
 

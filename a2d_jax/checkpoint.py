@@ -20,10 +20,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from a2d_jax.files import as_path
+from a2d_jax.folders import TRAIN_CONFIG_NAME
 from a2d_jax.training import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
-CONFIG_NAME = "train_config.json"
 
 
 def complete_steps(folder: epath.Path) -> list[int]:
@@ -106,7 +106,7 @@ def abstract_arrays(shapes: Any, shardings: Any) -> Any:
 
 def read_train_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """`train_config.json` of a training folder."""
-    path = as_path(workdir) / CONFIG_NAME
+    path = as_path(workdir) / TRAIN_CONFIG_NAME
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -53,10 +53,12 @@ class ModelConfig:
     pad_id: int | None = None
     refusal_token_id: int | None = None  # what alignment taught harmful rows to become; None: [EOS]
     dtype: str = "float32"  # of the tensors in the folder
-    # The file as it was read, and which weight file held each tensor: saving writes the same folder back. Both take
-    # part in comparison, because equal configs are interchangeable to the compilation cache.
+    # The file as it was read, which weight file held each tensor, and what their index says besides (JSON): saving
+    # writes the same folder back. All take part in comparison, because equal configs are interchangeable to the
+    # compilation cache.
     hf_text: str = dataclasses.field(default="{}", repr=False)
     weight_files: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    index_metadata: str = dataclasses.field(default="{}", repr=False)
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -67,6 +69,11 @@ class ModelConfig:
         """The longest row that config.json says the model takes; None where it does not say."""
         hf_config = self.hf_config
         return hf_config.get("max_sequence_length") or hf_config.get("max_position_embeddings")
+
+    @property
+    def names_dtype(self) -> bool:
+        """Whether config.json names the number format of the tensors."""
+        return _named_dtype(self.hf_config) is not None
 
     @property
     def is_causal(self) -> bool:
@@ -134,6 +141,8 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
         hf_config = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); write the file again from its source.") from error
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{path}: holds a {type(hf_config).__name__}, not an object; write it again from its source.")
     return ModelConfig.from_hf(hf_config, text)
 
 
@@ -155,20 +164,31 @@ def _special_ids(hf_config: Mapping[str, Any]) -> dict[str, int | None]:
     return {ours: first(theirs) for ours, theirs in names.items()}
 
 
-def _dtype(hf_config: Mapping[str, Any]) -> str:
+def _named_dtype(hf_config: Mapping[str, Any]) -> str | None:
     # transformers 5 renamed torch_dtype to dtype.
-    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    name = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return str(name).removeprefix("torch.") if name else None
+
+
+def _dtype(hf_config: Mapping[str, Any]) -> str:
+    return _named_dtype(hf_config) or "float32"
 
 
 def _from_llada(hf: Mapping[str, Any]) -> ModelConfig:
     """LLaDA keeps OLMo's names: d_model, n_heads, mlp_hidden_size, ..."""
     _require(
         hf, activation_type="silu", alibi=False, attention_layer_norm=False, block_type="llama", input_emb_norm=False,
-        layer_norm_type="rms", layer_norm_with_affine=True, bias_for_layer_norm=False, rope=True, scale_logits=False,
-        block_group_size=1,
+        layer_norm_type="rms", layer_norm_with_affine=True, rope=True, scale_logits=False, block_group_size=1,
     )  # fmt: skip
     num_kv_heads = hf.get("n_kv_heads") or (1 if hf.get("multi_query_attention") else hf["n_heads"])
-    has_bias = bool(hf.get("include_bias", False))
+    has_bias, is_tied = bool(hf.get("include_bias", False)), bool(hf.get("weight_tying", True))
+    if has_bias or hf.get("bias_for_layer_norm") is not None:  # null stands for the value of include_bias
+        _require(hf, bias_for_layer_norm=False)
+    if has_bias and not is_tied:
+        raise ValueError(
+            "config.json has include_bias=True with weight_tying=False, which gives the head a bias; beside "
+            "include_bias=True only weight_tying=True is computed here."
+        )
     return ModelConfig(
         family="llada",
         vocab_size=hf.get("embedding_size") or hf["vocab_size"],
@@ -180,7 +200,7 @@ def _from_llada(hf: Mapping[str, Any]) -> ModelConfig:
         mlp_dim=hf.get("mlp_hidden_size") or hf["mlp_ratio"] * hf["d_model"],
         rope_theta=float(hf.get("rope_theta", 10000.0)),
         norm_eps=hf.get("rms_norm_eps", 1e-5),
-        tie_embeddings=bool(hf.get("weight_tying", True)),
+        tie_embeddings=is_tied,
         qkv_bias=has_bias or bool(hf.get("include_qkv_bias", False)),
         out_bias=has_bias,
         mlp_bias=has_bias,

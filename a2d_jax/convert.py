@@ -25,9 +25,8 @@ def main(_) -> None:
     config = load_config(_SOURCE.value)
     num_tensors = len(tensor_names(config))
     num_devices = jax.device_count()
-    print(
-        f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors of {config.dtype}"
-    )
+    of_dtype = f" of {config.dtype}" if config.names_dtype else ""
+    print(f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors{of_dtype}")
     print(f"{_SOURCE.value} -> {_TARGET.value}, split over {num_devices} device(s)", flush=True)
 
     mesh = make_mesh(data=1, fsdp=num_devices) if num_devices > 1 else None

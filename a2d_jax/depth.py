@@ -41,10 +41,11 @@ from flax import nnx
 from a2d_jax import orders
 from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.files import local_path, write_json
+from a2d_jax.folders import hf_folder
 from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.plots import plt, save_figure
-from a2d_jax.pretrained import hf_folder, load_pretrained
+from a2d_jax.pretrained import load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.rows import Row, read_rows
 from a2d_jax.sampling import special_ids

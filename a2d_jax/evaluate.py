@@ -31,10 +31,11 @@ from a2d_jax.batching import DEFAULT_BUCKETS, plan_groups
 from a2d_jax.completions import Completion, append_completions, complete, read_completions
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path, write_json
+from a2d_jax.folders import hf_folder
 from a2d_jax.judges import Judge, JudgeSettings, is_refusal, keywords, load_judge, score_all
 from a2d_jax.judges.loading import define_judge_flags, judge_settings_from_flags
 from a2d_jax.mesh_flag import define_mesh_flag
-from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
+from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags

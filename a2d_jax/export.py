@@ -12,19 +12,19 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from a2d_jax.checkpoint import CONFIG_NAME
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path
+from a2d_jax.folders import TRAIN_CONFIG_NAME, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, save_pretrained
 from a2d_jax.models.lora import merge_adapter
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import save_adapter
-from a2d_jax.pretrained import hf_folder, load_pretrained
+from a2d_jax.pretrained import load_pretrained
 
 
 def base_model_of(checkpoint: str) -> str | None:
     """The base that a training folder names, for PEFT's configuration."""
-    settings = Path(checkpoint) / CONFIG_NAME
+    settings = Path(checkpoint) / TRAIN_CONFIG_NAME
     return json.loads(settings.read_text())["model"]["checkpoint"] if settings.is_file() else None
 
 

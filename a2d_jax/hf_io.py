@@ -15,6 +15,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.files import local_path, write_beside, write_json
+from a2d_jax.folders import check_target
 from a2d_jax.models.naming import FAMILIES, TensorName, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.sharding import param_shardings
@@ -49,40 +51,44 @@ _LAYOUT_ORDER = ("I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
 # -- safetensors files ------------------------------------------------------------------------------------------------
 
 
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of a sharded checkpoint's index; empty where the folder has none.
+def read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """(tensor name -> file name, metadata) of a sharded checkpoint's index; both empty where the folder has none.
 
     Raises:
       ValueError: a damaged index, or a file name that leads out of the folder: files are written under these names too.
     """
     index = folder / INDEX_NAME
     if not index.is_file():
-        return {}
+        return {}, {}
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map, metadata = dict(content["weight_map"]), dict(content.get("metadata") or {})
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is not a safetensors index with a weight_map ({error!r}).") from error
     for file in weight_map.values():
         # By name alone: in the Hugging Face cache every file is itself a link out of the folder.
         if not isinstance(file, str) or os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == "..":
             raise ValueError(f"{folder} refers to {file!r}, a path outside the folder; correct the index file.")
-    return weight_map
+    return weight_map, metadata
 
 
 class SafetensorsFolder:
-    """Names, shapes and lazily read data of all tensors in a folder's safetensors files."""
+    """Names, shapes, number formats and lazily read data of all tensors in a folder's safetensors files."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype | None] = {}  # None: a format that is not known here
         self.file_of: dict[str, Path] = {}
-        self.weight_map = read_weight_map(self.folder)
+        self.weight_map, _ = read_index(self.folder)
         for path, wanted in self._files().items():
             try:
                 with safe_open(path, framework="np") as file:
                     here = list(file.keys())
                     for name in here:
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        tensor = file.get_slice(name)
+                        self.shapes[name] = tuple(tensor.get_shape())
+                        self.dtypes[name] = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
                         self.file_of[name] = path
             except (SafetensorError, OSError) as error:
                 raise ValueError(
@@ -194,6 +200,20 @@ def check_tied_head(config: ModelConfig, source: SafetensorsFolder) -> None:
 # -- files to parameters ----------------------------------------------------------------------------------------------
 
 
+def with_index(config: ModelConfig, folder: str | os.PathLike) -> ModelConfig:
+    """The config with what the index of the folder's weights says, if there is one."""
+    weight_map, metadata = read_index(Path(folder))
+    return dataclasses.replace(config, weight_files=tuple(weight_map.items()), index_metadata=json.dumps(metadata))
+
+
+def with_stored_dtype(config: ModelConfig, dtypes: Iterable[np.dtype | None]) -> ModelConfig:
+    """The config with the number format of the stored tensors, where config.json names none and all have the same."""
+    kinds = set(dtypes)
+    if config.names_dtype or len(kinds) != 1 or None in kinds:
+        return config
+    return dataclasses.replace(config, dtype=kinds.pop().name)
+
+
 def variable_at(state: Mapping, path: tuple[str, ...]) -> nnx.Variable:
     for part in path:
         state = state[part]
@@ -284,7 +304,8 @@ def load_hf_folder(folder, mesh: Mesh | None, dtypes: DTypes, remat: str = "none
     source = SafetensorsFolder(folder)
     check_tensors(config, source.shapes, folder)
     check_tied_head(config, source)
-    config = dataclasses.replace(config, weight_files=tuple(source.weight_map.items()))
+    config = with_stored_dtype(config, (source.dtypes[name.hf_name] for name in tensor_names(config)))
+    config = with_index(config, folder)
     return load_model(config, mesh, dtypes, remat, lambda name, *where: place_tensor(name, source.read, *where))
 
 
@@ -327,6 +348,8 @@ def plan_files(config: ModelConfig, sizes: Mapping[str, int], max_shard_bytes: i
 def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int | None = None) -> None:
     """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
 
+    A config that names none stands for the one dtype in which the tensors were loaded, or for float32.
+
     Tensors go into the files they were loaded from; with `max_shard_bytes`, or for a model of another origin, into
     files of at most that size (default 5 GB). So a folder that is loaded and saved unchanged comes back byte for byte,
     if it holds just these tensors, and all of them in that dtype.
@@ -335,7 +358,7 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
 
     Raises:
       ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone),
-        or compressed projections.
+        or compressed projections; or the folder holds a checkpoint of another kind, which would be loaded instead.
     """
     if model.lora is not None:
         raise ValueError(
@@ -381,9 +404,10 @@ def write_checkpoint(
       shapes: name -> (shape, dtype) of each tensor.
       read: called once per name.
       max_shard_bytes: see `save_pretrained`.
-      more_json: file name -> content.
+      more_json: file name -> content, of what another package's format has besides.
     """
     folder = local_path(path)
+    check_target(folder, is_other_format=bool(more_json))
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     files = plan_files(config, sizes, max_shard_bytes)
@@ -398,8 +422,9 @@ def write_checkpoint(
         written = list(files)
         if list(files) != [WEIGHTS_NAME]:
             weight_map = {name: file for file, names in files.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(staging / INDEX_NAME, index)
+            metadata = json.loads(config.index_metadata) if weight_map == dict(config.weight_files) else {}
+            metadata["total_size"] = sum(sizes.values())
+            write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
             written.append(INDEX_NAME)
         write_beside(staging / "config.json", lambda file: file.write(config.hf_text.encode()))
         written.append("config.json")

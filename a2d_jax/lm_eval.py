@@ -35,8 +35,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from a2d_jax.batching import buckets_up_to, generate_many
 from a2d_jax.config import load_config
+from a2d_jax.folders import hf_folder
 from a2d_jax.likelihood import log_likelihood
-from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
+from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.sampling import SamplerConfig, infill
 from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import load_tokenizer

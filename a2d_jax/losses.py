@@ -29,16 +29,18 @@ def position_weights(batch: NoisedBatch, objective: str) -> jax.Array:
     Position 0 of Dream and of causal models has no logits before it and is never scored. A batch without masks has
     weights, and so a loss, of 0.
     """
+    is_scored, mask_prob = jnp.asarray(batch.is_masked), jnp.asarray(batch.mask_prob)
+    if mask_prob.ndim == 1:
+        mask_prob = mask_prob[:, None]
     if objective == "llada":
         answer_length = jnp.sum(batch.is_response, axis=1, keepdims=True)  # (B, 1)
         scale = 1.0 / (jnp.maximum(answer_length, 1) * batch.tokens.shape[0])
-        is_scored = batch.is_masked
     elif objective in ("dream", "causal"):
-        is_scored = batch.is_masked.at[:, 0].set(False)
+        is_scored = is_scored.at[:, 0].set(False)
         scale = 1.0 / jnp.maximum(jnp.sum(is_scored), 1)
     else:
         raise ValueError(f"objective={objective!r}; choose one of {OBJECTIVES}.")
-    return jnp.where(is_scored, scale / batch.mask_prob, 0.0)
+    return jnp.where(is_scored, scale / mask_prob, 0.0)
 
 
 def align_logits(logits: jax.Array, objective: str) -> jax.Array:
@@ -57,7 +59,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def weighted_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, objective: str) -> jax.Array:
     """Sum of weight x CE over all positions; `weights` from `position_weights` of the whole batch."""
-    return jnp.sum(weights * cross_entropy(align_logits(logits, objective), targets))
+    # Logits that are not scored may hold -inf, and neither 0 x inf nor its gradient is a number.
+    logits = jnp.where(weights[..., None] > 0, align_logits(logits, objective), 0.0)
+    return jnp.sum(weights * cross_entropy(logits, targets))
 
 
 def align_targets(targets: jax.Array, weights: jax.Array, objective: str) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ class NoisedBatch(NamedTuple):
     tokens: jax.Array  # (B, T) int32, target of each position
     noisy_tokens: jax.Array  # (B, T) int32, model input
     is_masked: jax.Array  # (B, T) bool, positions that are scored
-    mask_prob: jax.Array  # (B, T) or (B, 1) float32, p of the row
+    mask_prob: jax.Array  # (B, T), (B, 1) or (B,) float32, p of the row
     is_response: jax.Array  # (B, T) bool, the padding that counts as response included
     is_safe: jax.Array  # (B,) bool
 

@@ -7,19 +7,20 @@ Layers are leaves of their own: tensors go to disk in small groups as they are r
 checkpoint appears under its name only when it is complete.
 """
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint.experimental import v1 as ocp
 
 from a2d_jax.config import load_config
 from a2d_jax.files import as_path, local_path
+from a2d_jax.folders import HF_FOLDER, PARAMS_FOLDER
 from a2d_jax.hf_io import (
     SafetensorsFolder,
     abstract_model,
@@ -28,15 +29,14 @@ from a2d_jax.hf_io import (
     layer_sharding,
     load_model,
     place_tensor,
-    read_weight_map,
     shardings_of,
     variable_at,
+    with_index,
+    with_stored_dtype,
 )
 from a2d_jax.models.naming import TensorName, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
 
-HF_FOLDER = "hf"
-PARAMS_FOLDER = "params"
 _GROUP_BYTES = 256_000_000  # written at once: larger groups cost memory, smaller ones a commit each
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -110,16 +110,14 @@ def convert_folder(
     ocp.partial.finalize(params)
 
 
-def is_orbax_folder(folder: str | os.PathLike) -> bool:
-    return (Path(folder) / PARAMS_FOLDER).is_dir()
-
-
 def load_orbax_folder(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, remat: str = "none") -> Transformer:
     """The model of a converted folder, each tensor restored straight onto its shards."""
     folder = Path(folder)
-    config = load_config(folder / HF_FOLDER)
-    config = dataclasses.replace(config, weight_files=tuple(read_weight_map(folder / HF_FOLDER).items()))
+    config = with_index(load_config(folder / HF_FOLDER), folder / HF_FOLDER)
     params = (folder / PARAMS_FOLDER).absolute()
+    if not config.names_dtype:
+        leaves = jax.tree.leaves(ocp.metadata(params).metadata)
+        config = with_stored_dtype(config, [np.dtype(leaf.dtype) for leaf in leaves])
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # one leaf at a time
 

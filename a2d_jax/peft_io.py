@@ -31,6 +31,8 @@ _SUPPORTED = {
     "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
     "layer_replication": None, "lora_bias": False,
 }  # fmt: skip
+# Starts that leave the base as it is; by the others (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT changes it on loading.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +52,19 @@ def read_peft_config(folder: str | os.PathLike) -> PeftConfig:
     try:
         settings = json.loads(text)
         rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
-    except (json.JSONDecodeError, KeyError) as error:
+        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a LoRA configuration ({error!r}); it needs r, lora_alpha, target_modules."
         ) from error
-    for key, value in _SUPPORTED.items():
+    for key, value in (_SUPPORTED | {"alora_invocation_tokens": None}).items():
         if settings.get(key, value) not in (value, None):
             raise ValueError(f"{path} has {key}={settings[key]!r}; only {key}={value!r} is computed here.")
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if (init := settings.get("init_lora_weights")) not in _INITS:
+        raise ValueError(
+            f"{path} has init_lora_weights={init!r}, by which PEFT changes the base; only {_INITS} are computed here. "
+            "Save it from PEFT as a plain adapter: path_initial_model_for_weight_conversion of its save_pretrained."
+        )
     return PeftConfig(rank, alpha, settings.get("lora_dropout", 0.0), targets, text=text)
 
 

@@ -10,9 +10,7 @@ An entry point names an object with `matches(path) -> bool`, `load(path, mesh, d
 suffice; so packed checkpoints of `odlri_jax` load and train here although this package never imports it.
 """
 
-import dataclasses
 import hashlib
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -21,18 +19,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from a2d_jax.checkpoint import CONFIG_NAME, abstract_arrays, read_train_config, restore_params
+from a2d_jax.checkpoint import abstract_arrays, read_train_config, restore_params
 from a2d_jax.config import load_config
 from a2d_jax.distributed import whole
-from a2d_jax.hf_io import abstract_model, load_hf_folder, read_weight_map, shardings_of
+from a2d_jax.folders import HF_FOLDER, hf_folder, is_orbax_folder, is_training_folder, other_format
+from a2d_jax.hf_io import abstract_model, load_hf_folder, shardings_of, with_index
 from a2d_jax.models.lora import add_lora, merge_adapter
 from a2d_jax.models.transformer import DTypes, Transformer
-from a2d_jax.orbax_io import HF_FOLDER, is_orbax_folder, load_orbax_folder
+from a2d_jax.orbax_io import load_orbax_folder
 from a2d_jax.peft_io import load_adapter
 from a2d_jax.settings import RunConfig
+from a2d_jax.sharding import with_auto_axes
 from a2d_jax.training import pure, split_model
-
-FORMATS_GROUP = "a2d_jax.checkpoint_formats"
 
 
 def load_pretrained(
@@ -47,25 +45,26 @@ def load_pretrained(
     """The model of a checkpoint folder; LLaDA, Dream, LLaMA, Mistral or Qwen2 by its config.json.
 
     Args:
-      mesh: each tensor goes straight onto its shards; None: the first device.
+      mesh: each tensor goes straight onto its shards; None: the first device. Explicit axis types become Auto.
       dtype: of activations and matmuls, and of the stored weights unless `param_dtype` says otherwise.
       adapter: a PEFT folder, attached unmerged (`merge_adapter(model)` merges it).
       remat: what the backward pass recomputes: "none", "dots" or "full".
 
     Raises:
-      ValueError: a folder of no known kind, an unknown architecture, or tensors that do not fit it (all of them
-        listed).
+      ValueError: a folder of no known kind, an unknown architecture, tensors that do not fit it (all of them listed),
+        or a mesh without the axes of `make_mesh`.
     """
     path, dtypes = Path(path), DTypes(param=param_dtype or dtype, compute=dtype)
     if not path.is_dir():
         raise ValueError(
             f"checkpoint {os.fspath(path)!r} is no folder; give a Hugging Face, converted or training folder."
         )
-    if (path / CONFIG_NAME).is_file():
+    mesh = None if mesh is None else with_auto_axes(mesh)
+    if is_training_folder(path):
         model = load_trained(path, mesh, dtypes, remat=remat)
     elif is_orbax_folder(path):
         model = load_orbax_folder(path, mesh, dtypes, remat)
-    elif (other := _other_format(path)) is not None:
+    elif (other := other_format(path)) is not None:
         model = other.load(path, mesh, dtypes, remat)
     else:
         model = load_hf_folder(path, mesh, dtypes, remat)
@@ -84,9 +83,8 @@ def load_trained(
     """
     run = RunConfig.from_dict(read_train_config(workdir))
     hf = Path(workdir) / HF_FOLDER
-    if run.lora is None and _other_format(hf) is None:
-        config = dataclasses.replace(load_config(hf), weight_files=tuple(read_weight_map(hf).items()))
-        model = abstract_model(config, dtypes, remat)
+    if run.lora is None and other_format(hf) is None:
+        model = abstract_model(with_index(load_config(hf), hf), dtypes, remat)
     else:
         model = load_base(run.model.checkpoint, mesh, dtypes, remat)
         if run.lora is not None:
@@ -111,22 +109,8 @@ def load_base(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, rema
 def abstract_base(folder: str | os.PathLike, dtypes: DTypes, remat: str = "none") -> Transformer:
     """What `load_base` gives, as shapes alone; no weights are read."""
     files = hf_folder(folder)
-    other = _other_format(files)
+    other = other_format(files)
     return abstract_model(load_config(files), dtypes, remat) if other is None else other.abstract(files, dtypes, remat)
-
-
-def _other_format(path: Path):
-    for entry_point in importlib.metadata.entry_points(group=FORMATS_GROUP):
-        checkpoint_format = entry_point.load()
-        if checkpoint_format.matches(path):
-            return checkpoint_format
-    return None
-
-
-def hf_folder(path: str | os.PathLike) -> Path:
-    """The folder with config.json and the tokenizer of a checkpoint of any kind."""
-    inner = Path(path) / HF_FOLDER
-    return inner if inner.is_dir() else Path(path)
 
 
 def weights_fingerprint(model: nnx.Module) -> str:

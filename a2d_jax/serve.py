@@ -19,8 +19,9 @@ import uvicorn
 from absl import app, flags, logging
 
 from a2d_jax.config import load_config
+from a2d_jax.folders import hf_folder
 from a2d_jax.mesh_flag import define_mesh_flag
-from a2d_jax.pretrained import hf_folder, load_pretrained
+from a2d_jax.pretrained import load_pretrained
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
 from a2d_jax.serving.app import Limits, Service
 from a2d_jax.serving.engine import Engine

@@ -122,7 +122,11 @@ class RunConfig:
             raise ValueError("config.model.checkpoint is empty; name the folder of the base model.")
         if not self.files:
             raise ValueError("config.data.files is empty; name at least one file of training rows.")
-        if not (self.num_epochs or self.num_steps):
+        for name in _LENGTH:
+            length = getattr(self, name)
+            if length is not None and not length > 0:
+                raise ValueError(f"config.{name}={length}; it must be above 0, or None.")
+        if self.num_epochs is None and self.num_steps is None:
             raise ValueError("config.num_epochs and config.num_steps are both empty; set one of them.")
         if self.objective not in (None, *OBJECTIVES):
             raise ValueError(f"config.objective={self.objective!r}; choose one of {OBJECTIVES}, or None: by family.")

@@ -51,6 +51,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The same devices and names with Auto axis types, which the rules are written for.
+
+    Raises:
+      ValueError: a mesh without one of the axes.
+    """
+    if not set(MESH_AXES) <= set(mesh.axis_names):
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}; needed are {MESH_AXES}: make it by a2d_jax.make_mesh."
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     """Names of the mesh axes that a logical axis is split over."""
     target = RULES[axis] if axis is not None else None

@@ -6,6 +6,7 @@ from `config.json` and those files, never from constants; the end of a turn is r
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -29,6 +30,10 @@ _QWEN2_PATTERN = (
 )
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 _MASK_RUN = re.compile(r"<mask:([^<>]*)>")
+# What chat templates find beside the messages. Those of LLaMA 3.2 and Mistral Small 3 print today's date by
+# `strftime_now`; prompts, and the fingerprints of rows, must not change at midnight. It is always the day that LLaMA
+# 3.1's template prints.
+TEMPLATE_VARIABLES = {"strftime_now": datetime.date(2024, 7, 26).strftime}
 
 
 def has_mask_runs(text: str) -> bool:
@@ -152,7 +157,9 @@ class Tokenizer:
                 "'chat_template' of tokenizer_config.json) to its folder, as instruction-tuned checkpoints have"
             )
         try:
-            return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self.hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
+            )
         except TemplateError as error:
             raise ValueError(f"the chat template renders no user turn with its answer ({error}); correct it") from error
 

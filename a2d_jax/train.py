@@ -46,7 +46,7 @@ from ml_collections import config_flags
 
 from a2d_jax import refusal_token
 from a2d_jax.assembly import assemble, check_mesh, compares_with_base, has_reference, with_adapter
-from a2d_jax.checkpoint import CONFIG_NAME, Checkpoints, abstract_arrays, read_train_config
+from a2d_jax.checkpoint import Checkpoints, abstract_arrays, read_train_config
 from a2d_jax.config import load_config
 from a2d_jax.data import Batch, make_loader
 from a2d_jax.distributed import (
@@ -60,10 +60,11 @@ from a2d_jax.distributed import (
     say,
 )
 from a2d_jax.files import as_path, write_json
+from a2d_jax.folders import HF_FOLDER, TRAIN_CONFIG_NAME, hf_folder
 from a2d_jax.metrics import MetricWriter, local_folder
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.orbax_io import HF_FOLDER, copy_companions
-from a2d_jax.pretrained import abstract_base, hf_folder, load_base
+from a2d_jax.orbax_io import copy_companions
+from a2d_jax.pretrained import abstract_base, load_base
 from a2d_jax.progress import clock
 from a2d_jax.reference import with_reference
 from a2d_jax.residual import make_residual
@@ -99,8 +100,11 @@ def train(
     # The run: its config, and whether the folder holds an earlier part of it
     # ------------------------------------------------------------------------------------------------------------------
     run = RunConfig.from_dict(config)
+    base = hf_folder(run.model.checkpoint)
+    if Path(workdir).resolve() in (Path(run.model.checkpoint).resolve(), base.resolve()):
+        raise ValueError(f"--workdir is the folder of the base model itself ({workdir}); choose another folder.")
     workdir = as_path(workdir)
-    is_continued = (workdir / CONFIG_NAME).is_file()
+    is_continued = (workdir / TRAIN_CONFIG_NAME).is_file()
     settings = run.to_json()
     settings["model"]["checkpoint"] = str(Path(run.model.checkpoint).absolute())
     if is_continued:
@@ -111,7 +115,6 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------
     # Data, and the model as shapes
     # ------------------------------------------------------------------------------------------------------------------
-    base = hf_folder(run.model.checkpoint)
     model_config = load_config(base)
     tokenizer = load_tokenizer(base, requires_mask=not model_config.is_causal)
     refusal_id = refusal_token.choose(run.refusal_token, tokenizer, model_config)
@@ -177,7 +180,7 @@ def train(
             copy_companions(base, workdir / HF_FOLDER)
             if run.refusal_token is not None:
                 refusal_token.record(workdir / HF_FOLDER, run.refusal_token, refusal_id, tokenizer)
-        write_json(workdir / CONFIG_NAME, settings)
+        write_json(workdir / TRAIN_CONFIG_NAME, settings)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Weights. Order of precedence: the folder's newest checkpoint, then the base's weights or random ones.

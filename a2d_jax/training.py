@@ -32,13 +32,18 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
 }
-# Norm scales and biases are not decayed.
+# Norm scales and biases are not decayed, and neither are the factors ("left", "right") of a compressed checkpoint: they
+# hold a part of the weights, and the other part, Q, could not follow.
 _DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, decoupled weight decay; the defaults are the A2D paper's. clip_norm: of the global gradient; None: off."""
+    """AdamW; the defaults are the A2D paper's.
+
+    weight_decay: decoupled; of matrices, the embedding and an adapter's factors, not of norms, biases or the factors of
+    a compressed checkpoint. clip_norm: of the global gradient; None: off.
+    """
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.1

@@ -34,6 +34,8 @@ def get_config() -> config_dict.ConfigDict:
             "mesh": config_dict.placeholder(tuple),
             "sampler": {"gen_length": 128, "steps": 128, "block_length": 32},
             "calibration_rows": ("beavertails.jsonl",),
+            "layers_per_group": 4,  # whose sums take 6.4 GB, split over the chips; all 32 layers' would take 51
+            "calibration_dtype": "bfloat16",
             "decompose": {"rank": 64, "init": "auto"},
         }
     )

@@ -67,6 +67,11 @@ def describe(title: str, result: Mapping[str, Any], chip_peak: float) -> str:
     return "\n".join([*lines, f"compiled     in {result['compile_seconds']:.0f} s"])
 
 
+def name_of(config_path: str) -> str:
+    """Name of a config file, whose path may end in an argument: that of configs/NAME.py:ARGUMENT is NAME."""
+    return Path(config_path.partition(":")[0]).stem
+
+
 def default_out(config_name: str, topology: str, step: str) -> Path:
     return Path("compile_out") / f"{config_name}-{step}-{topology.replace(':', '-')}.json"
 
@@ -84,7 +89,7 @@ def main(_) -> None:
     jax.config.update(
         "jax_enable_compilation_cache", False
     )  # what is compiled for a chip elsewhere cannot be read back
-    config_name = Path(config_flags.get_config_filename(values["config"])).stem
+    config_name = name_of(config_flags.get_config_filename(values["config"]))
     config = values.config.to_dict()
     kind = values.step or config.pop("step", "train")
     config.pop("step", None)

@@ -33,6 +33,8 @@ def compile_step(step: Step, topology: Topology, hlo_path: Path | None = None, e
       hlo_path: where to write the compiled program, for those who want to read it.
       effort: of the compiler, -1 to 1, for a fast program.
     """
+    if hlo_path is not None:
+        hlo_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     lowered = step.lower()
     hbm = topology.chip.hbm_bytes

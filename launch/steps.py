@@ -26,7 +26,7 @@ from a2d_jax.sharding import batch_sharding, make_mesh, param_shardings, partiti
 from a2d_jax.throughput import forward_flops, train_flops
 from launch.settings import architecture
 from odlri_jax import calibration
-from odlri_jax.decompose import decompose_stack_jitted
+from odlri_jax.decompose import check_shape, decompose_stack_jitted
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.packed_io import pack_shapes
 
@@ -75,6 +75,15 @@ def _check_batch(what: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def _check_describes(step: str, config: Mapping[str, Any], *fields: str) -> None:
+    missing = [field for field in fields if field not in config]
+    if missing:
+        raise ValueError(
+            f"the config describes no {step} step: it lacks {', '.join(missing)}; give one that launch/settings.py "
+            "makes for it, or another --step."
+        )
+
+
 def _dtypes(config: Mapping[str, Any]):
     return DTypeSettings(**config["dtypes"]).resolve()
 
@@ -119,6 +128,7 @@ def sample_step(config: Mapping[str, Any], devices) -> Step:
 
     With a cache: the pass that fills it, and one of those that use it.
     """
+    _check_describes("sample", config, "model", "dtypes", "mesh", "batch_size", "prompt_length", "sampler")
     model_config, mesh = architecture(config["model"]["checkpoint"]), _mesh(config, devices)
     check_heads(model_config, mesh)
     batch_size, sampler = config["batch_size"], SamplerConfig(**config["sampler"])
@@ -166,6 +176,7 @@ def sample_step(config: Mapping[str, Any], devices) -> Step:
 
 def calibrate_step(config: Mapping[str, Any], devices) -> Step:
     """The sums of one layer for one batch in `odlri_jax.calibrate`, all layers of the model being in memory."""
+    _check_describes("calibrate", config, "model", "dtypes", "mesh", "calibrate")
     model_config, mesh = architecture(config["model"]["checkpoint"]), _mesh(config, devices)
     check_heads(model_config, mesh)
     sizes, dtypes = config["calibrate"], _dtypes(config)
@@ -208,11 +219,13 @@ def calibrate_step(config: Mapping[str, Any], devices) -> Step:
 
 def decompose_step(config: Mapping[str, Any], devices, shape: tuple[int, int] | None = None) -> Step:
     """One matrix a chip in `odlri_jax.compress`, of the given shape or of the one that costs most."""
+    _check_describes("decompose", config, "model", "decompose")
     model_config = architecture(config["model"]["checkpoint"])
     mesh = make_mesh(-1, 1, 1, devices)
     settings = DecomposeConfig(**config["decompose"])
     kernels = (name.shape for name in tensor_names(model_config) if name.layer == 0 and name.path[-1] == "kernel")
     m, n = shape or max(kernels, key=lambda s: s[0] * s[1] * s[1])
+    check_shape((m, n), settings, "--shape" if shape else "the largest matrix")
 
     def lower() -> jax.stages.Lowered:
         split = functools.partial(NamedSharding, mesh)

@@ -40,10 +40,11 @@ from a2d_jax.distributed import (
 )
 from a2d_jax.distributed import define_flags as define_host_flags
 from a2d_jax.files import local_path, write_json
+from a2d_jax.folders import hf_folder
 from a2d_jax.hf_io import write_safetensors
 from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.pretrained import hf_folder, load_pretrained, weights_fingerprint
+from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from a2d_jax.sharding import batch_sharding, make_mesh, under
@@ -61,9 +62,11 @@ from odlri_jax.calibration import (
     second_moments,
     zero_moments,
 )
+from odlri_jax.fingerprint import stored_weights
 from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, Windows, batches, row_windows, text_windows, token_windows
 
 UNFINISHED_NAME = "unfinished.json"
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +97,11 @@ def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
     if path and not Path(path).is_file():
         raise ValueError(f"no file {path!r} to calibrate on; give a text (--text) or a .npy of ids (--tokens).")
     if config.tokens:
-        return token_windows(path, model.vocab_size, config.context_length, config.num_windows)
+        return token_windows(path, model.vocab_size, config.context_length, config.num_windows, model.max_length)
     tokenizer = load_tokenizer(hf_folder(config.checkpoint), requires_mask=model.family in DIFFUSION_FAMILIES)
     if config.rows:
-        return row_windows(config.rows, tokenizer, config.context_length, config.num_windows)
-    return text_windows(path, tokenizer, config.context_length, config.num_windows)
+        return row_windows(config.rows, tokenizer, config.context_length, config.num_windows, model.max_length)
+    return text_windows(path, tokenizer, config.context_length, config.num_windows, model.max_length)
 
 
 def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -> dict[str, Any]:
@@ -110,6 +113,7 @@ def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -
         "checkpoint": str(Path(config.checkpoint).absolute()),
         "source": ", ".join(str(Path(path).absolute()) for path in config.rows or (config.text or config.tokens,)),
         "tokens_sha256": digest.hexdigest(),
+        "stored_weights": stored_weights(config.checkpoint),
         "family": model.family,
         "num_layers": model.num_layers,
         "num_tokens": int(windows.attention_mask.sum()),
@@ -123,14 +127,18 @@ def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -
 
 
 def check_folder(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `out` was completed; ValueError where it was begun with other settings, or nobody knows with which."""
+    """Whether `out` was completed; ValueError where it was begun with other settings, or nobody knows with which.
+
+    Compared is what it noted: `weights` are known once the model is loaded, `stored_weights` are not in older folders.
+    """
     is_complete = (out / CALIBRATION_NAME).is_file()
     path = out / (CALIBRATION_NAME if is_complete else UNFINISHED_NAME)
     if not path.is_file():
         if any(out.glob("layer_*.safetensors")):
             raise ValueError(f"{out} holds layers without {UNFINISHED_NAME}, of unknown settings; give another --out.")
         return False
-    if changes := differences(read_calibration_json(path), settings, settings):
+    before = read_calibration_json(path)
+    if changes := differences(before, settings, [name for name in settings if name in before]):
         raise ValueError(f"{out} was begun with other settings ({changes}); repeat those or give another --out.")
     return is_complete
 
@@ -254,7 +262,8 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> bool:
         f"writes {out}"
     )
     if is_complete or is_dry:
-        say(f"{out} is complete already" if is_complete else "dry run: nothing done")
+        unknown = "" if settings["stored_weights"] else "; the weights of the checkpoint were not compared"
+        say(f"{out} is complete already{unknown}" if is_complete else "dry run: nothing done")
         return bool(is_complete)
 
     # --- Passes ----------------------------------------------------------------------------------------------------
@@ -308,13 +317,14 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "context_length",
         None,
-        f"tokens of a window; default {DEFAULT_CONTEXT_LENGTH}, T of --tokens, or the longest row",
+        f"tokens of a window; default: T of --tokens, the longest row, or {DEFAULT_CONTEXT_LENGTH}; at most what the "
+        "model takes and the text has",
         lower_bound=1,
     )
     flags.DEFINE_integer("num_windows", 256, "windows at most", lower_bound=1)
     flags.DEFINE_integer("batch_size", 4, "windows at once", lower_bound=1)
     flags.DEFINE_integer("layers_per_group", None, "layers whose H are in memory at once; default: all", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations; H is float32")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and activations; H is float32")
     flags.DEFINE_integer("seed", 0, "of the masks for LLaDA and Dream")
     flags.DEFINE_bool("head", False, "also the input of the head")
     define_mesh_flag()

@@ -1,17 +1,21 @@
-"""Program: every linear layer of a Hugging Face folder as Q + L R, in a packed folder.
+"""Program: every linear layer of a dense checkpoint as Q + L R, in a packed folder.
 
-    python -m odlri_jax.compress --checkpoint HF_DIR --calibration DIR --out DIR --rank 32 [--lr_bits 4] [--head]
+    python -m odlri_jax.compress --checkpoint DIR --calibration DIR --out DIR --rank 32 [--lr_bits 4] [--head]
 
 Embeddings, norms and biases stay as they are; so does the head, unless --head (and it has weights of its own). Each
-flag below --out sets a field of `DecomposeConfig`. Weights are read matrix by matrix; the model is never in memory as
-a whole. A group of layers is one file: its matrices of one shape are stacked, and the stack is split over the devices.
-The random numbers of a matrix follow from its name and --seed, so that neither grouping nor devices change it.
+flag below --out sets a field of `DecomposeConfig`. Weights of a Hugging Face folder are read matrix by matrix; the
+model is never in memory as a whole. A folder of `convert` or `train` is exported once to a Hugging Face folder (an
+adapter merged), which takes the memory of the model and, until the end, the disk space. A group of layers is one file:
+its matrices of one shape are stacked, and the stack is split over the devices. The random numbers of a matrix follow
+from its name and --seed, so that neither grouping nor devices change it.
 
     DIR/layers-000-003.safetensors ..., head.safetensors, dense.safetensors    see docs/packed_format.md
     DIR/report.json, report.png                                                errors, scales, roles and times
     DIR/unfinished/       settings and the records of finished groups, until odlri.json takes their place
+    DIR/unfinished/dense  the export of a folder of `convert` or `train`
 
-Run again with the same folder, it keeps the finished groups and starts with the one that was cut off.
+Run again with the same folder, it keeps the finished groups and starts with the one that was cut off. A Hugging Face
+folder whose weights have changed meanwhile is refused; of the others the export counts that is there already.
 """
 
 import dataclasses
@@ -30,22 +34,26 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 
 from a2d_jax.config import ModelConfig, load_config
+from a2d_jax.export import export as export_dense
 from a2d_jax.files import local_path, write_json
+from a2d_jax.folders import HF_FOLDER, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, check_tied_head, write_safetensors
 from a2d_jax.models.naming import tensor_names
-from a2d_jax.orbax_io import HF_FOLDER, copy_companions
+from a2d_jax.orbax_io import copy_companions
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from odlri_jax.calibration import Calibration
+from odlri_jax.codebooks import BLOCK
 from odlri_jax.decompose import check_inputs, check_shape, decompose_stack
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.decomposition import Decomposition
+from odlri_jax.fingerprint import fingerprint
 from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
 from odlri_jax.packing import pack
 from odlri_jax.report import PLOT_NAME, REPORT_NAME, matrix_record, write_report
 
 UNFINISHED = "unfinished"
-_SETTINGS_NAME = "settings.json"
+_SETTINGS_NAME, _COPY_NAME = "settings.json", "dense"
 _HEAD_GROUP, _DENSE_NAME = "head", "dense.safetensors"
 
 
@@ -54,6 +62,7 @@ class CompressConfig:
     """One compression.
 
     Attributes:
+      checkpoint: Hugging Face folder, or one of `convert` or `train`.
       layers_per_group: layers of one file, whose matrices of one shape make a stack; None: one for each device.
       num_devices: None: all local ones.
     """
@@ -99,6 +108,12 @@ def list_matrices(config: ModelConfig, has_head: bool) -> list[Matrix]:
         for name in tensor_names(config)
         if name.path[-1] == "kernel" and (name.layer is not None or has_head)
     ]
+
+
+def default_rank(matrices: Sequence[Matrix]) -> int:
+    """Rank where none is given: 64, or half of the smallest side, in multiples of 8, where that side is below 64."""
+    smallest = min(min(matrix.shape) for matrix in matrices)
+    return DecomposeConfig.rank if DecomposeConfig.rank <= smallest else max(1, smallest // 2 // BLOCK * BLOCK)
 
 
 def layer_groups(matrices: Sequence[Matrix], layers_per_group: int) -> dict[str, list[Matrix]]:
@@ -253,7 +268,8 @@ def settings_of(config: CompressConfig, calibration: Calibration, before: Mappin
 
 def check_settings(out: str, settings: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
     """ValueError where the folder was begun with other settings; None: it is new."""
-    if before is not None and (changes := differences(before, settings, settings)):
+    # A folder whose export was cut off, or an older one, notes no stored_weights.
+    if before is not None and (changes := differences(before, settings, [name for name in settings if name in before])):
         raise ValueError(f"{out} was begun with other settings ({changes}); repeat those or give another --out.")
 
 
@@ -264,21 +280,28 @@ def devices_of(config: CompressConfig) -> list[jax.Device]:
     return devices[: config.num_devices]
 
 
-def open_source(config: CompressConfig) -> tuple[ModelConfig, SafetensorsFolder]:
-    """Configuration and tensors of the checkpoint, checked against each other."""
+def check_checkpoint(config: CompressConfig) -> None:
+    """ValueError for a checkpoint that is the target itself, or packed."""
     folder = Path(config.checkpoint)
     if Path(config.out).resolve() == folder.resolve():
         raise ValueError(f"--out is the checkpoint itself ({folder}); choose another folder.")
-    if (folder / HF_FOLDER).is_dir():
-        raise ValueError(
-            f"{folder} holds no safetensors; write it as a Hugging Face folder first: python -m a2d_jax.export."
-        )
-    if (folder / MANIFEST_NAME).is_file():
+    if (hf_folder(folder) / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} is packed already; give the dense checkpoint that it was made from.")
+
+
+def open_source(folder: Path) -> SafetensorsFolder:
+    """Tensors of a dense Hugging Face folder, checked against its configuration."""
     model_config, source = load_config(folder), SafetensorsFolder(folder)
     check_tensors(model_config, source.shapes, folder)
     check_tied_head(model_config, source)
-    return model_config, source
+    return source
+
+
+def open_copy(checkpoint: Path, copy: Path) -> SafetensorsFolder:
+    """Tensors of a folder of `convert` or `train`, exported to `copy` unless it is there: config.json comes last."""
+    if not (copy / "config.json").is_file():
+        export_dense(checkpoint, copy)
+    return open_source(copy)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -287,7 +310,10 @@ def open_source(config: CompressConfig) -> tuple[ModelConfig, SafetensorsFolder]
 def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
     """Decomposes what is not decomposed yet, completes the folder and returns its report."""
     out, begin = local_path(config.out), time.monotonic()
-    model_config, source = open_source(config)
+    check_checkpoint(config)
+    checkpoint, copy = Path(config.checkpoint), out / UNFINISHED / _COPY_NAME
+    model_config = load_config(hf_folder(checkpoint))
+    source = None if (checkpoint / HF_FOLDER).is_dir() else open_source(checkpoint)  # None: its export will be opened
     calibration = Calibration(config.calibration)
     if calibration.num_layers != model_config.num_layers:
         raise ValueError(
@@ -302,6 +328,8 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
     devices = devices_of(config)
     before = settings_before(out)
     settings = settings_of(config, calibration, before)
+    if source is not None:
+        settings["stored_weights"] = fingerprint(source)
     check_settings(config.out, settings, before)
     groups = layer_groups(matrices, settings["layers_per_group"])
     is_complete = (out / MANIFEST_NAME).is_file()
@@ -316,7 +344,8 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
         f"{config.decompose}\n"
         f"{len(devices)} device(s); {len(groups)} files of up to {settings['layers_per_group']} layers, "
         f"{len(groups) - len(todo)} done\n"
-        f"writes {out}",
+        + ("" if source or is_complete else f"exports the checkpoint to {copy} first, unless it is there\n")
+        + f"writes {out}",
         flush=True,
     )
     if is_dry:
@@ -324,12 +353,17 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
         return None
     if is_complete:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        print(f"{out} is complete already")
+        print(f"{out} is complete already" + ("" if source else "; the weights of the checkpoint were not compared"))
         return json.loads((out / REPORT_NAME).read_text(encoding="utf-8"))
 
     # --- Matrices --------------------------------------------------------------------------------------------------
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    write_json(out / UNFINISHED / _SETTINGS_NAME, settings)
+    write_json(out / UNFINISHED / _SETTINGS_NAME, (before or {}) | settings)
+    if source is None:
+        source = open_copy(checkpoint, copy)
+        settings["stored_weights"] = fingerprint(source)
+        check_settings(config.out, settings, before)
+        write_json(out / UNFINISHED / _SETTINGS_NAME, settings)
     work = {matrix.name: matrix.work for matrix in matrices}
     remaining = sum(work[matrix.name] for stem in todo for matrix in groups[stem])
     num_done, work_done = sum(len(groups[stem]) for stem in groups if stem not in todo), 0
@@ -359,7 +393,7 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
     # --- The rest of the folder, the manifest last: it makes the folder complete -------------------------------------
     if not (out / _DENSE_NAME).is_file():
         write_dense(source, model_config, matrices, out)
-    copy_companions(config.checkpoint, out, except_for=(INDEX_NAME, MANIFEST_NAME, REPORT_NAME, PLOT_NAME))
+    copy_companions(source.folder, out, except_for=(INDEX_NAME, MANIFEST_NAME, REPORT_NAME, PLOT_NAME))
     records = [record for stem in groups for record in json.loads(record_file(out, stem).read_text(encoding="utf-8"))]
     report = write_report(out, records, settings, [out / f"{stem}.safetensors" for stem in groups])
     write_index(out, list(groups))
@@ -375,7 +409,7 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
 
 
 _HELP = {
-    "rank": "r of L (m, r) and R (r, n)",
+    "rank": f"r of L (m, r) and R (r, n); default: {DecomposeConfig.rank}, or less where a matrix is too small",
     "num_outliers": "k of the odlri start",
     "init": "start; auto takes the one whose first iterations end lowest",
     "q_bits": "bits a weight of Q",
@@ -393,14 +427,15 @@ _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEF
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Hugging Face folder", required=True)
+    flags.DEFINE_string("checkpoint", None, "Hugging Face folder, or one of convert or train", required=True)
     flags.DEFINE_string("calibration", None, "folder of odlri_jax.calibrate", required=True)
     flags.DEFINE_string("out", None, "folder to write, and to continue", required=True)
     for field in dataclasses.fields(DecomposeConfig):
         if field.name == "init":
             flags.DEFINE_enum("init", field.default, INITS, _HELP["init"])
         else:
-            _DEFINE[field.type](field.name, field.default, _HELP[field.name])
+            default = None if field.name == "rank" else field.default
+            _DEFINE[field.type](field.name, default, _HELP[field.name])
     flags.DEFINE_integer("seed", 0, "of signs, starts and factors")
     flags.DEFINE_bool("head", False, "also the head")
     flags.DEFINE_integer(
@@ -413,10 +448,12 @@ def define_flags() -> None:
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    fields = [field.name for field in dataclasses.fields(DecomposeConfig)]
-    decompose = DecomposeConfig(**{name: values[name].value for name in fields})
+    given = {field.name: values[field.name].value for field in dataclasses.fields(DecomposeConfig)}
+    if given["rank"] is None:
+        given["rank"] = default_rank(list_matrices(load_config(hf_folder(values.checkpoint)), values.head))
     names = ("checkpoint", "calibration", "out", "seed", "head", "layers_per_group", "num_devices")
-    run(CompressConfig(decompose=decompose, **{name: values[name].value for name in names}), values.dry_run)
+    others = {name: values[name].value for name in names}
+    run(CompressConfig(decompose=DecomposeConfig(**given), **others), values.dry_run)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class DecomposeConfig:
             raise ValueError(
                 "rank, num_outliers, outer_iters and inner_iters must be at least 1, tune_iters at least 0."
             )
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: so many columns share a scale; give a multiple of {BLOCK}.")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge={self.ridge} is taken from H, not added to it; give 0 or more.")
         get_codebook(self.q_codebook, self.q_bits)
 
     @property

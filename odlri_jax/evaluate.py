@@ -15,19 +15,25 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from a2d_jax.config import DIFFUSION_FAMILIES, load_config
-from a2d_jax.files import write_json
+from a2d_jax.files import local_path, write_json
+from a2d_jax.folders import hf_folder
 from a2d_jax.mesh_flag import define_mesh_flag
-from a2d_jax.pretrained import hf_folder, load_pretrained
+from a2d_jax.pretrained import load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.perplexity import Perplexity, perplexity
-from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH
+from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, default_context_length
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads")
 _TEXT = flags.DEFINE_string("text", None, "UTF-8 text file")
 _ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
-_CONTEXT_LENGTH = flags.DEFINE_integer("context_length", DEFAULT_CONTEXT_LENGTH, "tokens of a window", lower_bound=2)
+_CONTEXT_LENGTH = flags.DEFINE_integer(
+    "context_length",
+    None,
+    f"tokens of a window; default: {DEFAULT_CONTEXT_LENGTH}, at most what the model takes and the text has",
+    lower_bound=2,
+)
 _MAX_WINDOWS = flags.DEFINE_integer("max_windows", None, "only the first so many windows", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "windows, or masked copies of one, read together", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 32, "masked copies of a window (LLaDA, Dream)", lower_bound=1)
@@ -39,15 +45,17 @@ _OUT = flags.DEFINE_string("out", None, "JSON file to write")
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    out = local_path(_OUT.value) if _OUT.value else None
     files, text = hf_folder(_CHECKPOINT.value), Path(_TEXT.value)
     if not text.is_file():
         raise ValueError(f"--text={text} is no file; give a UTF-8 text.")
-    family = load_config(files).family
-    is_bound = family in DIFFUSION_FAMILIES
+    config = load_config(files)
+    is_bound = config.family in DIFFUSION_FAMILIES
     tokens = load_tokenizer(files, requires_mask=is_bound).encode(text.read_text(encoding="utf-8"))
-    num_windows = min(len(tokens) // _CONTEXT_LENGTH.value, _MAX_WINDOWS.value or len(tokens))
-    print(f"model {_CHECKPOINT.value} ({family}, {_DTYPE.value}), adapter {_ADAPTER.value}")
-    print(f"text {text}: {len(tokens)} tokens, {num_windows} windows of {_CONTEXT_LENGTH.value}", flush=True)
+    context_length = _CONTEXT_LENGTH.value or default_context_length(config.max_length, len(tokens))
+    num_windows = min(len(tokens) // context_length, _MAX_WINDOWS.value or len(tokens))
+    print(f"model {_CHECKPOINT.value} ({config.family}, {_DTYPE.value}), adapter {_ADAPTER.value}")
+    print(f"text {text}: {len(tokens)} tokens, {num_windows} windows of {context_length}", flush=True)
     if is_bound:
         print(f"Monte Carlo bound, {_NUM_SAMPLES.value} masked copies of each window, seed {_SEED.value}", flush=True)
 
@@ -63,10 +71,10 @@ def main(_) -> None:
             flush=True,
         )
 
-    settings = {"context_length": _CONTEXT_LENGTH.value, "max_windows": _MAX_WINDOWS.value}
+    settings = {"context_length": context_length, "max_windows": _MAX_WINDOWS.value}
     of_bound = {"num_samples": _NUM_SAMPLES.value, "seed": _SEED.value}
     result = perplexity(model, tokens, batch_size=_BATCH_SIZE.value, report=report, **settings, **of_bound)
-    if _OUT.value:
+    if out is not None:
         record = {
             "checkpoint": _CHECKPOINT.value,
             "adapter": _ADAPTER.value,
@@ -81,10 +89,10 @@ def main(_) -> None:
             "num_windows": result.num_windows,
             "seconds": time.monotonic() - start,
         }
-        Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_OUT.value, record)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, record)
     bound = " (bound)" if is_bound else ""
-    wrote = f" -> {_OUT.value}" if _OUT.value else ""
+    wrote = f" -> {out}" if out else ""
     print(f"perplexity {result.perplexity:.4f}{bound} over {result.num_tokens} tokens{wrote}")
 
 

@@ -25,6 +25,7 @@ from odlri_jax.matmul import matmul
 
 MAX_PANEL = 128
 MAX_CHUNKS, MIN_CHUNK = 4, 64  # of the rows in a sweep
+MIN_SCALE = 1e-30  # the unit where all is zero: it can be divided by, and what it multiplies is as good as zero
 
 
 class Factors(NamedTuple):
@@ -272,8 +273,10 @@ def _over_rows(function, mesh: Mesh | None, by_row: tuple, whole: tuple) -> jax.
 
 
 def block_scale(w: jax.Array, codebook: Codebook, group: int) -> jax.Array:
-    """Unit of the codebook for W (m, n): root mean square / opt_scale, or the largest magnitude of each group."""
+    """Unit of the codebook for W (m, n), never 0: root mean square / opt_scale, or the largest magnitude of a group."""
     if hasattr(codebook, "opt_scale"):
-        return jnp.sqrt(jnp.mean(w * w)) / codebook.opt_scale  # ()
+        return jnp.maximum(jnp.sqrt(jnp.mean(w * w)) / codebook.opt_scale, MIN_SCALE)  # ()
     largest = jnp.max(jnp.abs(w.reshape(w.shape[0], -1, group)), axis=-1)  # (m, groups)
-    return jnp.where(largest > 0, largest, 1)
+    # A zero row stays zero. A zero group of another row takes up what the rounding of its neighbours leaves.
+    room = jnp.where(jnp.any(largest > 0, axis=-1, keepdims=True), 1, MIN_SCALE)  # (m, 1)
+    return jnp.where(largest > 0, largest, room)

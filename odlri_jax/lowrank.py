@@ -132,7 +132,7 @@ def round_in_metric(
 
 def _round_plain(x: jax.Array, codebook: LatticeCodebook) -> tuple[jax.Array, jax.Array]:
     """Nearest points in units of the root mean square, without opt_scale."""
-    scale = jnp.sqrt(jnp.mean(x * x))
+    scale = jnp.maximum(jnp.sqrt(jnp.mean(x * x)), ldlq.MIN_SCALE)
     return codebook.nearest(x.reshape(x.shape[0], -1, BLOCK) / scale).reshape(x.shape) * scale, scale
 
 

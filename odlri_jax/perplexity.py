@@ -50,7 +50,10 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        try:
+            return math.exp(self.nll)
+        except OverflowError:  # above 709 nats a token, beyond float64
+            return math.inf
 
     def add(self, nll: np.ndarray, tokens_each: int) -> "Perplexity":
         """With the summed -log p of more windows, (windows,)."""

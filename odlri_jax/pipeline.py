@@ -25,9 +25,9 @@ from ml_collections import config_flags
 from a2d_jax import evaluate
 from a2d_jax.attacks import ATTACKS
 from a2d_jax.batching import DEFAULT_BUCKETS
-from a2d_jax.files import write_beside, write_json
+from a2d_jax.files import local_path, write_beside, write_json
+from a2d_jax.folders import is_orbax_folder
 from a2d_jax.judges import JudgeSettings
-from a2d_jax.orbax_io import is_orbax_folder
 from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import first_step_auc, share
 from a2d_jax.settings import build
@@ -41,8 +41,8 @@ from odlri_jax.safety_page import render
 
 # What the models depend on; `a2d_jax.evaluate` watches over the rest by itself.
 OF_THE_MODELS = (
-    "source", "prepare", "align", "align_changes", "calibration_rows", "num_windows", "batch_size", "decompose",
-    "layout", "seed",
+    "source", "prepare", "align", "align_changes", "calibration_rows", "num_windows", "batch_size",
+    "calibration_dtype", "decompose", "layout", "seed",
 )  # fmt: skip
 MODELS = ("original", "aligned", "compressed")
 ZERO_SHOT, OVER_REFUSAL = "zero_shot", "over_refusal"
@@ -70,6 +70,8 @@ class PipelineConfig:
       judge, answer_judge: of attacks and of harmless requests; judge_settings: fields of `JudgeSettings`, for both.
       sampler: fields of `SamplerConfig`.
       calibration_rows, num_windows: of the calibration.
+      layers_per_group: layers whose H are in memory at once while they are summed; None: all.
+      calibration_dtype: of weights and activations meanwhile, "float32" or "bfloat16"; H is float32.
       decompose: fields of `DecomposeConfig`.
       layout: of the last export.
       mesh: sizes data, fsdp, tensor, for evaluations, their classifier and calibration; None: one device.
@@ -92,6 +94,8 @@ class PipelineConfig:
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
     dtype: str = "bfloat16"
     num_windows: int = 512
+    layers_per_group: int | None = None
+    calibration_dtype: str = "float32"
     decompose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: str = "dense"
     mesh: tuple[int, ...] | None = None
@@ -111,6 +115,8 @@ class PipelineConfig:
         wrong = sorted(set(pipeline.attacks) - set(ATTACKS))
         if wrong:
             raise ValueError(f"attacks names {', '.join(wrong)}; choose from {sorted(ATTACKS)}.")
+        if pipeline.calibration_dtype not in calibrate.DTYPES:
+            raise ValueError(f"calibration_dtype={pipeline.calibration_dtype!r}; choose one of {calibrate.DTYPES}.")
         if pipeline.layout not in LAYOUTS:
             raise ValueError(f"layout={pipeline.layout!r}; choose one of {LAYOUTS}.")
         return pipeline
@@ -145,6 +151,8 @@ def make_models(config: PipelineConfig, out: Path) -> tuple[dict[str, Path], dic
             rows=config.calibration_rows,
             num_windows=config.num_windows,
             batch_size=config.batch_size,
+            layers_per_group=config.layers_per_group,
+            dtype=config.calibration_dtype,
             seed=config.seed,
             mesh=config.mesh,
         )
@@ -180,17 +188,19 @@ def attack_model(config: PipelineConfig, checkpoint: Path, out: Path) -> dict[st
             )
         )
 
-    results = {}
+    first_order, results = config.orders[0], {}
     for attack, prompts in config.attacks.items():
         for order in config.orders:
             name = f"{attack}, {order}"
             results[name] = evaluated(f"{attack}_{order}", attack, prompts, config.judge, order=order)
         if config.ban_eos:
             results[f"{attack}, [EOS] banned"] = evaluated(
-                f"{attack}_no_eos", attack, prompts, config.judge, order=config.orders[0], ban_eos=True
+                f"{attack}_{first_order}_no_eos", attack, prompts, config.judge, order=first_order, ban_eos=True
             )
     for name, prompts in config.harmless.items():
-        results[name] = evaluated(name, OVER_REFUSAL, prompts, config.answer_judge, order=config.orders[0])
+        results[name] = evaluated(
+            f"{name}_{first_order}", OVER_REFUSAL, prompts, config.answer_judge, order=first_order
+        )
     return results
 
 
@@ -231,7 +241,8 @@ def run(config: PipelineConfig, out: Path) -> dict[str, Any]:
     """Runs what is not there yet; writes and returns the report.
 
     Raises:
-      ValueError: `out` holds models that were made with other settings. Attacks, orders, judges and limits may change.
+      ValueError: `out` holds models that were made with other settings, or completions of another prompt file for the
+        same attack. Attacks, orders, judges and limits may change; a prompt file, its contents included, may not.
     """
     print(f"{config.source}: align ({config.align}), attack, compress, attack, export ({config.layout})", flush=True)
     start = time.monotonic()
@@ -259,8 +270,8 @@ def run(config: PipelineConfig, out: Path) -> dict[str, Any]:
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    out = local_path(flags.FLAGS.out).absolute()  # the same folder under any name
     end_on_sigterm()
-    out = Path(flags.FLAGS.out).absolute()  # the same folder under any name
     run(PipelineConfig.from_dict(flags.FLAGS.config.to_dict(), out), out)
 
 

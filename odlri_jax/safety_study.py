@@ -32,7 +32,9 @@ from absl import app, flags, logging
 
 from a2d_jax import evaluate
 from a2d_jax.batching import DEFAULT_BUCKETS
+from a2d_jax.config import load_config
 from a2d_jax.files import write_beside, write_json
+from a2d_jax.folders import hf_folder
 from a2d_jax.judges.loading import JudgeSettings, define_judge_flags, judge_settings_from_flags
 from a2d_jax.plots import plt, save_figure
 from a2d_jax.progress import clock
@@ -41,6 +43,7 @@ from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import first_step_auc, share
 from a2d_jax.stages import claim_folder, exit_if_stopped, train
 from odlri_jax import calibrate, compress
+from odlri_jax.decompose import check_shape
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.export import export
 from odlri_jax.packed_io import MANIFEST_NAME
@@ -142,11 +145,16 @@ def calibrated(config: SafetyStudyConfig, variant: Variant) -> Path:
     return folder
 
 
+def decomposition(config: SafetyStudyConfig, variant: Variant) -> DecomposeConfig:
+    """How the matrices of a variant are decomposed."""
+    return dataclasses.replace(config.decompose, q_bits=variant.bits, rank=variant.rank, init=variant.init)
+
+
 def packed(config: SafetyStudyConfig, variant: Variant) -> tuple[Path, dict[str, float]]:
     """The packed folder of a variant, and the summary of its report."""
     folder = config.out / "packed" / variant.packed_name
     if not (folder / MANIFEST_NAME).is_file():
-        settings = dataclasses.replace(config.decompose, q_bits=variant.bits, rank=variant.rank, init=variant.init)
+        settings = decomposition(config, variant)
         moments = calibrated(config, variant)
         compress.run(
             compress.CompressConfig(
@@ -302,6 +310,11 @@ def check(config: SafetyStudyConfig) -> None:
     unknown = sorted(set(config.inits) - set(INITS))
     if unknown:
         raise ValueError(f"--inits={','.join(unknown)}: no such start; choose from {', '.join(INITS)}.")
+    for variant in list_variants(config):
+        if variant.calibration is not None:
+            model_config = load_config(hf_folder(config.checkpoints[variant.model]))
+            for matrix in compress.list_matrices(model_config, has_head=False):
+                check_shape(matrix.shape, decomposition(config, variant), matrix.name)
 
 
 def run(config: SafetyStudyConfig) -> list[dict[str, Any]]:

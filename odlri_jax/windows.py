@@ -21,6 +21,11 @@ from a2d_jax.tokenizer import Tokenizer
 DEFAULT_CONTEXT_LENGTH = 2048
 
 
+def default_context_length(max_length: int | None, num_tokens: int = DEFAULT_CONTEXT_LENGTH) -> int:
+    """Tokens of a window where no number is given: 2048, or what the model takes or the text has where that is less."""
+    return max(2, min(DEFAULT_CONTEXT_LENGTH, num_tokens, max_length or DEFAULT_CONTEXT_LENGTH))
+
+
 class Windows(NamedTuple):
     """W windows of T tokens; batches have the same fields, (B, T)."""
 
@@ -56,17 +61,26 @@ def spread_evenly(windows: Windows, num_windows: int | None) -> Windows:
 
 
 def text_windows(
-    path: str | os.PathLike, tokenizer: Tokenizer, context_length: int | None, num_windows: int | None
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    context_length: int | None,
+    num_windows: int | None,
+    max_length: int | None = None,
 ) -> Windows:
-    """Windows of a UTF-8 text file."""
+    """Windows of a UTF-8 text file; `max_length`: what the model takes, which bounds them where none is given."""
     tokens = np.array(tokenizer.encode(Path(path).read_text(encoding="utf-8")), np.int32)  # (N,)
-    return spread_evenly(cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, None, path), num_windows)
+    context_length = context_length or default_context_length(max_length, len(tokens))
+    return spread_evenly(cut_windows(tokens, context_length, None, path), num_windows)
 
 
 def token_windows(
-    path: str | os.PathLike, vocab_size: int, context_length: int | None, num_windows: int | None
+    path: str | os.PathLike,
+    vocab_size: int,
+    context_length: int | None,
+    num_windows: int | None,
+    max_length: int | None = None,
 ) -> Windows:
-    """Windows of a token file (.npy).
+    """Windows of a token file (.npy); `max_length` as in `text_windows`.
 
     Raises:
       ValueError: a file of another kind, rows of another length than `context_length`, ids beyond the vocabulary.
@@ -79,7 +93,7 @@ def token_windows(
         found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "an archive"
         raise ValueError(f"{path} holds {found}; token ids are int32, (N,) or (N, T).")
     if tokens.ndim == 1:
-        windows = cut_windows(tokens, context_length or DEFAULT_CONTEXT_LENGTH, None, path)
+        windows = cut_windows(tokens, context_length or default_context_length(max_length, len(tokens)), None, path)
     else:
         if tokens.size == 0 or tokens.shape[1] != (context_length or tokens.shape[1]):
             raise ValueError(
@@ -100,14 +114,20 @@ def token_windows(
 
 
 def row_windows(
-    paths: Sequence[str], tokenizer: Tokenizer, context_length: int | None, num_windows: int | None
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    context_length: int | None,
+    num_windows: int | None,
+    max_length: int | None = None,
 ) -> Windows:
     """Windows of training rows: prompts as they are, responses and the [EOS] after them to be masked.
 
-    Rows longer than `context_length` are cut as in training. Without it, windows are as long as the longest row.
+    Rows longer than `context_length` are cut as in training. Without it, windows are as long as the longest row, but
+    no longer than 2048 and `max_length`, which the model takes.
     """
     files = [read_rows(path) for path in paths]
-    encoded = encode_rows(files, tokenizer, DataConfig(row_length=context_length or DEFAULT_CONTEXT_LENGTH))
+    row_length = context_length or default_context_length(max_length)
+    encoded = encode_rows(files, tokenizer, DataConfig(row_length=row_length))
     per_file = -(-num_windows // len(files)) if num_windows else None
     taken = []
     for number in range(len(files)):

@@ -20,11 +20,12 @@ from flax import nnx
 
 import a2d_jax
 from a2d_jax.export import export
+from a2d_jax.folders import FORMATS_GROUP, hf_folder
 from a2d_jax.hf_io import SafetensorsFolder, split_into_shards, write_safetensors
 from a2d_jax.models.lora import LoRAConfig, add_lora
 from a2d_jax.models.naming import module_names, projections
 from a2d_jax.orbax_io import convert_folder
-from a2d_jax.pretrained import FORMATS_GROUP, hf_folder
+from a2d_jax.peft_io import read_peft_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ATOL = 1e-4
@@ -57,14 +58,44 @@ def test_a_folder_comes_back_byte_for_byte(folder, tmp_path):
     same_files(tmp_path / "back", source)
 
 
-def test_bfloat16_weights_come_back_byte_for_byte_through_float32(llada, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "named", "is_converted"),
+    [
+        ("bfloat16", {"torch_dtype": "bfloat16"}, False),
+        ("bfloat16", {}, False),
+        ("float16", {"dtype": None}, False),
+        ("bfloat16", {}, True),
+    ],
+)
+def test_16_bit_weights_come_back_byte_for_byte_through_float32(llada, tmp_path, dtype, named, is_converted):
+    """Also where config.json names no format."""
     tensors = safetensors.numpy.load_file(llada / "model.safetensors")
-    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    tensors = {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(tensors, llada / "model.safetensors", {"format": "pt"})
-    config = json.loads((llada / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    config = json.loads((llada / "config.json").read_text()) | named
     (llada / "config.json").write_text(json.dumps(config))
-    a2d_jax.save_pretrained(a2d_jax.load_pretrained(llada, dtype=jnp.float32), tmp_path / "back")
+    if is_converted:
+        list(convert_folder(llada, tmp_path / "orbax"))
+    model = a2d_jax.load_pretrained(tmp_path / "orbax" if is_converted else llada, dtype=jnp.float32)
+    a2d_jax.save_pretrained(model, tmp_path / "back")
     same_files(tmp_path / "back", llada)
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_all_that_an_index_says_comes_back(tmp_path, is_converted):
+    """transformers 5 counts the parameters there, beside the bytes."""
+    source = shutil.copytree(FIXTURES / "llada_tiny_sharded", tmp_path / "source")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    size = index["metadata"]
+    path.write_text(json.dumps(index | {"metadata": {"total_parameters": 129344} | size}, indent=2) + "\n")
+    if is_converted:
+        list(convert_folder(source, tmp_path / "orbax"))
+    model = a2d_jax.load_pretrained(tmp_path / "orbax" if is_converted else source)
+    a2d_jax.save_pretrained(model, tmp_path / "back")
+    same_files(tmp_path / "back", source)
+    a2d_jax.save_pretrained(model, tmp_path / "split", max_shard_bytes=100_000)
+    assert json.loads((tmp_path / "split" / path.name).read_text())["metadata"] == size
 
 
 def test_orbax_keeps_every_byte_and_stands_alone(tmp_path):
@@ -162,6 +193,14 @@ def test_saving_over_a_sharded_folder_leaves_no_stale_weights(tmp_path):
     a2d_jax.save_pretrained(model, tmp_path, max_shard_bytes=10**9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert len(SafetensorsFolder(tmp_path).shapes) == 21
+
+
+@pytest.mark.parametrize("name", ["train_config.json", "params", "odlri.json"])
+def test_a_folder_that_loads_as_another_checkpoint_is_no_target(name, tmp_path):
+    (tmp_path / name).mkdir() if name == "params" else (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="would be loaded instead of what is written; choose another folder"):
+        a2d_jax.save_pretrained(a2d_jax.load_pretrained(FIXTURES / "llada_tiny"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(llada, tmp_path):
@@ -281,6 +320,10 @@ def test_lora_dropout_is_off_without_a_key_and_drawn_with_one():
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"r": 8}, "misshapen: .*lora_A.weight"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16', by which PEFT changes the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', by which PEFT changes the base"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\]"),
+        ({"target_modules": None}, "adapter_config.json is not a LoRA configuration.*target_modules"),
     ],
 )
 def test_an_adapter_we_cannot_compute_is_refused(change, message, tmp_path):
@@ -289,6 +332,14 @@ def test_an_adapter_we_cannot_compute_is_refused(change, message, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         a2d_jax.load_pretrained(FIXTURES / "llada_tiny", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("start", [False, None, "gaussian", "eva", "orthogonal"])
+def test_how_an_adapter_was_drawn_does_not_matter_where_the_base_is_left_alone(start, tmp_path):
+    shutil.copytree(FIXTURES / "llada_lora", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    assert read_peft_config(tmp_path / "adapter").rank == 4
 
 
 def test_an_adapter_of_another_model_is_refused_with_its_names():
@@ -368,6 +419,15 @@ def test_an_index_that_is_wrong_about_a_file_is_refused(tmp_path):
         a2d_jax.load_pretrained(tmp_path / "sharded")
 
 
+def test_a_configuration_that_is_no_object_is_named(llada, tmp_path):
+    (llada / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: holds a list, not an object"):
+        a2d_jax.load_pretrained(llada)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="adapter_config.json is not a LoRA configuration.*it needs r"):
+        read_peft_config(tmp_path)
+
+
 def test_pickled_weights_are_never_read(llada):
     (llada / "model.safetensors").rename(llada / "pytorch_model.bin")
     with pytest.raises(ValueError, match="never read"):
@@ -400,14 +460,23 @@ def test_other_packages_add_formats_by_entry_point(tmp_path, monkeypatch):
 # -- memory and placement ---------------------------------------------------------------------------------------------
 
 
-def test_each_tensor_goes_straight_onto_its_shards():
+@pytest.mark.parametrize("is_explicit", [False, True])
+def test_each_tensor_goes_straight_onto_its_shards(is_explicit):
     mesh = a2d_jax.make_mesh(data=2, fsdp=2, tensor=2)
+    if is_explicit:  # as JAX itself makes them
+        mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+        assert mesh.axis_types != a2d_jax.make_mesh(data=2, fsdp=2, tensor=2).axis_types
     model = a2d_jax.load_pretrained(FIXTURES / "dream_tiny", mesh=mesh)
     kernel = model.blocks.up_proj.kernel[...]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 32, 72)  # layers, D / fsdp, F / tensor
     plain = a2d_jax.load_pretrained(FIXTURES / "dream_tiny")
     tokens = np.arange(20).reshape(2, 10)
     np.testing.assert_allclose(model(tokens), plain(tokens), atol=ATOL)
+
+
+def test_a_mesh_with_other_axes_is_refused():
+    with pytest.raises(ValueError, match=r"axes \('x',\); needed are \('data', 'fsdp', 'tensor'\).*a2d_jax.make_mesh"):
+        a2d_jax.load_pretrained(FIXTURES / "dream_tiny", mesh=jax.make_mesh((8,), ("x",)))
 
 
 def test_weights_load_without_waiting_for_pytorch():

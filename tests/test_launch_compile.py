@@ -19,8 +19,8 @@ from launch import search as launch_search
 from launch.chips import CHIPS, GIB, parse_topology
 from launch.compiled import compile_step, used_bytes
 from launch.search import Candidate, estimate, meshes, search
-from launch.settings import architecture, sample_config
-from launch.steps import sample_step, train_step
+from launch.settings import architecture, compress_config, sample_config
+from launch.steps import calibrate_step, decompose_step, sample_step, train_step
 from launch.tally import count, replica_groups
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
@@ -335,6 +335,26 @@ def test_sampling_refuses_a_batch_that_does_not_split(fixtures):
         sample_step(config.to_dict(), jax.devices())
 
 
+@pytest.mark.parametrize(
+    ("build", "lacks"),
+    [(sample_step, "prompt_length, sampler"), (calibrate_step, "calibrate"), (decompose_step, "decompose")],
+)
+def test_a_step_that_the_config_does_not_describe_is_refused(config, build, lacks):
+    with pytest.raises(ValueError, match=f"describes no .* step: it lacks {lacks}; give .* another --step"):
+        build(changed(config), jax.devices())
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_refused_before_it_is_compiled(fixtures):
+    config = compress_config(str(fixtures / "llada_tiny"), batch_size=8, length=16, rank=8).to_dict()
+    with pytest.raises(ValueError, match=r"--shape \(64, 100\): its 100 columns are not a multiple of 8"):
+        decompose_step(config, jax.devices(), shape=(64, 100))
+
+
+def test_a_config_is_named_after_its_file_not_after_its_argument():
+    assert launch_compile.name_of("configs/world_a2d.py:DIR/world") == "world_a2d"
+    assert launch_compile.name_of("configs/llada_8b_a2d.py") == "llada_8b_a2d"
+
+
 SCHEMA = {
     "topology": str, "num_chips": int, "mesh": dict, "fits": bool, "argument_bytes": int, "temp_bytes": int,
     "hbm_bytes": int, "hlo_flops": float, "model_flops": float, "collective_bytes": dict, "roofline_seconds": float,
@@ -342,10 +362,11 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def test_a_compiled_training_step_is_described(config):
+def test_a_compiled_training_step_is_described(config, tmp_path):
     step = train_step(changed(config), jax.devices())
     topology = parse_topology("v5e:2x4")
-    result = json.loads(json.dumps(compile_step(step, topology)))
+    result = json.loads(json.dumps(compile_step(step, topology, tmp_path / "new" / "step.hlo")))
+    assert (tmp_path / "new" / "step.hlo").read_text().startswith("HloModule")
     assert {name: type(result[name]) for name in SCHEMA} == SCHEMA
     assert result["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and result["fits"]
     assert 1.0 < result["flops_ratio"] < 1.34

@@ -179,6 +179,30 @@ def test_dream_weights_by_hand():
     np.testing.assert_allclose(position_weights(batch, "dream"), [[0, 2 / 3, 0], [0, 4 / 3, 4 / 3]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["llada", "dream", "causal"])
+def test_a_batch_of_numpy_arrays_with_one_probability_a_row_has_the_same_loss(objective):
+    """As many rows as positions, so that a row's probability could be taken for a position's."""
+    rng = np.random.default_rng(0)
+    tokens, is_masked = rng.integers(0, 7, (4, 4)), rng.random((4, 4)) < 0.7
+    prob, logits = np.float32([0.2, 0.4, 0.6, 0.8]), rng.normal(size=(4, 4, 7)).astype(np.float32)
+    batch = NoisedBatch(tokens, tokens, is_masked, prob, is_masked, np.array([True] * 4))
+    expected = a2d_jax.a2d_loss(logits, jax.tree.map(jnp.asarray, batch._replace(mask_prob=prob[:, None])), objective)
+    np.testing.assert_allclose(a2d_jax.a2d_loss(logits, batch, objective), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["llada", "dream"])
+def test_logits_that_are_not_scored_may_be_minus_infinity(objective):
+    is_masked = jnp.array([[False, False, True]])  # scored by the logits of place 2, or, on Dream, of place 1
+    batch = NoisedBatch(is_masked * 1, is_masked, is_masked, jnp.ones((1, 3)), is_masked, jnp.array([True]))
+    loss_of = jax.jit(jax.value_and_grad(lambda logits: a2d_jax.a2d_loss(logits, batch, objective)))
+    for ruled_out in (jnp.array([True, True, True]), jnp.array([True, False, False])):  # all tokens, or the target
+        logits = jnp.where(ruled_out, -jnp.inf, jnp.ones((1, 3, 3)))
+        logits = logits.at[0, 2 if objective == "llada" else 1].set(1.0)
+        loss, grads = loss_of(logits)
+        np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
+        assert jnp.isfinite(grads).all() and jnp.abs(grads).sum() > 0.5
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

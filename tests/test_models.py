@@ -166,12 +166,24 @@ def test_published_configs_are_understood():
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"alibi": True}, "alibi=True"),
         ({"activation_type": "gelu"}, "activation_type='gelu'"),
+        ({"include_bias": True}, "include_bias=True with weight_tying=False.*bias"),
+        ({"include_bias": True, "weight_tying": True, "bias_for_layer_norm": None}, "bias_for_layer_norm=None"),
+        ({"bias_for_layer_norm": True}, "bias_for_layer_norm=True"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
     hf_config = load_config(FIXTURES / "llada_tiny").hf_config
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(hf_config | change)
+
+
+def test_a_null_bias_of_the_norms_is_that_of_the_other_layers():
+    hf_config = load_config(FIXTURES / "llada_tiny").hf_config
+    for biases in ({"include_bias": False}, {"include_bias": True, "weight_tying": True}):
+        config = ModelConfig.from_hf(hf_config | {"bias_for_layer_norm": False} | biases)
+        assert config.mlp_bias == config.out_bias == biases["include_bias"]
+    null = ModelConfig.from_hf(hf_config | {"bias_for_layer_norm": None})
+    assert dataclasses.replace(null, hf_text="") == dataclasses.replace(ModelConfig.from_hf(hf_config), hf_text="")
 
 
 def test_unknown_rope_scaling_is_refused():

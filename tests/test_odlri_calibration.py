@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from a2d_jax.config import load_config
 from a2d_jax.hf_io import save_pretrained
 from a2d_jax.masking import corrupt
+from a2d_jax.orbax_io import copy_companions
 from a2d_jax.pretrained import load_pretrained
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax import calibrate
@@ -239,6 +240,7 @@ def test_of_training_rows_the_response_alone_is_masked(tmp_path):
     windows = row_windows(files, tokenizer, None, 6)
     length = max(len(p + r) for p, r in tokenizer.encode_turns([(prompt, answers[0]) for prompt in prompts]))
     assert windows.tokens.shape == (6, length)
+    assert row_windows(files, tokenizer, None, 6, max_length=length - 2).tokens.shape == (6, length - 2)
     for tokens, is_response, prompt in zip(*windows[::2], [prompts[0]] * 3 + [prompts[1]] * 3, strict=True):
         own = tokenizer.encode_turns([(prompt, answers[0])])[0][0]
         assert tokens[: len(own)].tolist() == own
@@ -393,6 +395,31 @@ def test_a_finished_folder_is_left_as_it_is(settings, calibrated, capsys):
     assert {path: path.stat().st_mtime_ns for path in calibrated.iterdir()} == before
 
 
+def test_a_finished_folder_is_not_for_other_weights(settings, calibrated, checkpoint, tmp_path, capsys):
+    folder, out = tmp_path / "llama", tmp_path / "out"
+    shutil.copytree(checkpoint, folder)
+    shutil.copytree(calibrated, out)
+    record = json.loads((out / "calibration.json").read_text()) | {"checkpoint": str(folder)}
+    (out / "calibration.json").write_text(json.dumps(record))
+    settings = dataclasses.replace(settings, checkpoint=str(folder), out=str(out))
+    assert run(settings) and "not compared" not in capsys.readouterr().out
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="begun with other settings .stored_weights: "):
+        run(settings)
+
+
+def test_weights_of_a_converted_folder_are_said_not_to_be_compared(settings, calibrated, checkpoint, tmp_path, capsys):
+    folder, out = tmp_path / "converted", tmp_path / "out"
+    copy_companions(checkpoint, folder / "hf")
+    shutil.copytree(calibrated, out)
+    others = {"checkpoint": str(folder), "stored_weights": None}
+    (out / "calibration.json").write_text(json.dumps(json.loads((out / "calibration.json").read_text()) | others))
+    assert run(dataclasses.replace(settings, checkpoint=str(folder), out=str(out)))
+    assert "complete already; the weights of the checkpoint were not compared" in capsys.readouterr().out
+
+
 def test_a_damaged_file_is_made_anew_once_it_is_deleted(settings, calibrated, tmp_path):
     """What the reader of such a file advises; the others stay, and nothing is added by other settings or weights."""
     out = tmp_path / "out"
@@ -453,6 +480,22 @@ def test_a_text_shorter_than_one_window_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="4 tokens, fewer than one window of 5"):
         run(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_words", "context_length", "message"),
+    [
+        (54, None, "1 windows (of 256 asked for) of 54 tokens"),
+        (200, None, "3 windows (of 256 asked for) of 64 tokens"),  # 64 is what the model takes
+        (200, 100, "2 windows (of 256 asked for) of 100 tokens"),
+    ],
+)
+def test_windows_fit_the_model_and_the_text(checkpoint, tmp_path, capsys, num_words, context_length, message):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join((WORDS * 25)[:num_words]))
+    config = CalibrateConfig(str(checkpoint), str(tmp_path / "out"), text=str(text), context_length=context_length)
+    run(config, is_dry=True)
+    assert message in capsys.readouterr().out
 
 
 def test_weights_that_are_not_numbers_are_refused(checkpoint, settings, tmp_path):

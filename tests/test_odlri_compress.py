@@ -19,6 +19,7 @@ import a2d_jax
 from a2d_jax.config import ModelConfig
 from a2d_jax.hf_io import SafetensorsFolder
 from a2d_jax.models.transformer import Transformer
+from a2d_jax.orbax_io import convert_folder
 from odlri_jax import compress
 from odlri_jax.compress import CompressConfig
 from odlri_jax.decompose import decompose_stack
@@ -203,6 +204,49 @@ def test_finished_groups_are_kept(config, monkeypatch):
     assert report["summary"]["num_matrices"] == 21
 
 
+def test_a_converted_folder_is_exported_once(finished, config, checkpoint, tmp_path, monkeypatch):
+    """A run stopped within the export, one after it, and one to the end; the files are those of the folder itself."""
+    list(convert_folder(checkpoint, tmp_path / "converted"))
+    config, copy = replaced(config, checkpoint=str(tmp_path / "converted")), Path(config.out) / "unfinished" / "dense"
+
+    def export_some(_, target):
+        target.mkdir(parents=True)
+        (target / "model.safetensors").write_bytes(b"half")
+        raise Killed
+
+    def stop(*_):
+        raise Killed
+
+    for name, function in (("export_dense", export_some), ("compress_group", stop), ("export_dense", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, name, function)
+            if function is None:
+                compress.run(config)
+                continue
+            with pytest.raises(Killed):
+                compress.run(config)
+        assert (copy / "config.json").is_file() == (function is stop)
+    ours, theirs = contents(Path(config.out)), contents(finished)
+    settings = json.loads(ours.pop("report.json"))["settings"]
+    assert settings["checkpoint"] == config.checkpoint
+    assert settings["stored_weights"] == json.loads(theirs.pop("report.json"))["settings"]["stored_weights"]
+    assert ours == theirs
+
+
+def test_a_checkpoint_that_changed_meanwhile_is_refused(config, checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    config = replaced(config, checkpoint=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(compress, "compress_group", lambda *_: (_ for _ in ()).throw(Killed))
+        compress.run(config)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = SafetensorsFolder(folder).file_of[name]
+    save_file(load_file(file) | {name: 2 * load_file(file)[name]}, file)
+    with pytest.raises(ValueError, match="begun with other settings .stored_weights: "):
+        compress.run(config)
+
+
 def command(config: CompressConfig) -> list[str]:
     flags = [f"--{name}={value}" for name, value in vars(SETTINGS).items() if not isinstance(value, bool)]
     flags += [f"--{name}={getattr(config, name)}" for name in ("checkpoint", "calibration", "out", "num_devices")]
@@ -263,6 +307,14 @@ def test_rank_above_a_matrix_names_it(config):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.parametrize(
+    ("shapes", "rank"), [([(64, 128)], 64), ([(128, 128), (48, 128)], 24), ([(128, 56)], 24), ([(8, 8)], 1)]
+)
+def test_without_a_rank_the_smallest_matrix_allows_it(shapes, rank):
+    matrices = [compress.Matrix(f"{i}", "q_proj", i, shape) for i, shape in enumerate(shapes)]
+    assert compress.default_rank(matrices) == rank
+
+
 def test_broken_moment_names_its_matrix(config, calibration, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -282,6 +334,9 @@ def test_wrong_folders_are_refused(config, checkpoint, finished, tmp_path):
         compress.run(replaced(config, out=str(checkpoint)))
     with pytest.raises(ValueError, match="no calibration folder"):
         compress.run(replaced(config, calibration=str(tmp_path / "nowhere")))
+    shutil.copytree(finished, tmp_path / "trained" / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match="packed already"):
+        compress.run(replaced(config, checkpoint=str(tmp_path / "trained")))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="files of unknown origin"):
         compress.run(replaced(config, out=str(tmp_path)))

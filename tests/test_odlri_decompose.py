@@ -188,6 +188,8 @@ def test_a_dead_layer_warns_and_uses_the_identity():
         ({"rank": 12, "lr_bits": 4}, "multiple of 8"),
         ({"q_bits": 5}, "2, 3 or 4 bits"),
         ({"outer_iters": 0}, "at least 1"),
+        ({"group": 0}, "group=0: .* give a multiple of 8"),
+        ({"ridge": -0.1}, "ridge=-0.1 .* give 0 or more"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(settings, message):

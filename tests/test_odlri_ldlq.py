@@ -175,6 +175,17 @@ def test_scalar_codebooks_have_a_scale_for_each_group(codebook):
     assert proxy(w, q, h) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("codebook", "dead"), [(E8P12, slice(None)), (codebooks.uniform(4), slice(3, 5))], ids=["E8P12", "uniform"]
+)
+def test_what_is_all_zero_stays_so_and_has_a_scale(codebook, dead):
+    """The matrix, whose scale is one; rows, of which each group has its own. Neither codebook has a zero."""
+    w, h = problem()
+    w = w.at[dead].set(0)
+    assert (ldlq.block_scale(w, codebook, 16) > 0).all()
+    assert np.abs(rounded(w, h, codebook, 2)[dead]).max() < 1e-20
+
+
 def test_an_identity_hessian_gives_nearest_points():
     w, _ = problem()
     q = rounded(w, jnp.eye(64), num_sweeps=2)

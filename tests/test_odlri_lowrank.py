@@ -81,6 +81,7 @@ def test_the_published_factor_rounding_is_the_recorded_one(fixtures):
         rounded, scale = lowrank._round_plain(jnp.asarray(file["qm_in"]), E8P12RVQ4B)
         np.testing.assert_allclose(rounded, file["qm_out_4bit"], rtol=1e-5, atol=1e-6)
         assert float(scale) == pytest.approx(float(file["qm_scale_4bit"]), rel=1e-5)
+        assert lowrank._round_plain(jnp.zeros_like(file["qm_in"]), E8P12RVQ4B)[1] > 0
 
 
 def test_quantised_factors(recorded):

@@ -62,6 +62,18 @@ def test_the_result_of_a_decomposition_packs(published):
     assert same_bits(unpack(pack(d), config, w.shape).dense(), d.dense())
 
 
+def test_a_matrix_that_its_factors_hold_in_full_packs():
+    """W is zero but for the two strong channels, which the start takes whole: nothing is left for Q."""
+    rng = np.random.default_rng(0)
+    is_strong = np.arange(32) < 2
+    w, x = rng.standard_normal((16, 32)) * is_strong, rng.standard_normal((99, 32)) * np.where(is_strong, 9, 1)
+    config = DecomposeConfig(
+        rank=4, num_outliers=2, init="odlri", outer_iters=1, inner_iters=1, tune_iters=1, hadamard=False
+    )
+    d = decompose(w, x.T @ x / 99, config, jax.random.key(0))
+    np.testing.assert_allclose(unpack(pack(d), config, w.shape).dense(), w, atol=1e-2)
+
+
 def test_every_word_is_a_point_of_its_own():
     points = np.asarray(jax.jit(E8P12.decode)(np.arange(1 << 16)))
     assert same_bits(points, packed_reader.POINTS)

@@ -1,5 +1,6 @@
 """Perplexity: against transformers, against cases worked by hand, and the Monte Carlo bound of masked models."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from absl import flags
+from absl.testing import flagsaver
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +22,7 @@ from a2d_jax.config import ModelConfig
 from a2d_jax.likelihood import perturb, sample_losses
 from a2d_jax.models.transformer import Transformer
 from odlri_jax import perplexity as module
-from odlri_jax.perplexity import perplexity
+from odlri_jax.perplexity import Perplexity, perplexity
 from tests.tokenizer_folders import write_llama2
 
 V = 24
@@ -137,6 +140,10 @@ def test_masks_depend_on_the_seed_alone(text):
     assert measure(0, 8) != pytest.approx(measure(1, 8), rel=1e-4)
 
 
+def test_a_broken_model_is_infinitely_perplexed():
+    assert Perplexity(total_nll=1500.0, num_tokens=2).perplexity == math.inf  # exp(750) is no float64
+
+
 def test_mesh_gives_the_same(llama, text, tmp_path):
     theirs, ours = llama
     theirs.save_pretrained(tmp_path)
@@ -172,3 +179,35 @@ def test_program(tmp_path):
     assert record["nll"] == pytest.approx(torch_nll(theirs, tokens[:48], 16), abs=1e-5)
     assert not record["is_bound"] and record["num_tokens"] == 45
     assert done.stdout.splitlines()[-1].startswith(f"perplexity {record['perplexity']:.4f} over 45 tokens")
+
+
+@pytest.fixture
+def program():
+    """The program's module; the flags that it defines go again, because other programs have some of these names."""
+    module = importlib.import_module("odlri_jax.evaluate")
+    flags.FLAGS.mark_as_parsed()
+    yield module
+    flags.FLAGS.remove_flag_values([flag.name for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]])
+    del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "given", "windows"),
+    [(16, None, "5 windows of 16"), (4096, None, "1 windows of 81"), (16, "20", "4 windows of 20")],
+)
+def test_windows_fit_the_model_and_the_text(program, tmp_path, capsys, max_length, given, windows):
+    """The plan says how long they are; there are no weights to go on with."""
+    folder, text = write_llama2(tmp_path), tmp_path / "text.txt"
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": max_length}
+    (folder / "config.json").write_text(json.dumps(config))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 5)
+    values = {"checkpoint": str(folder), "text": str(text)} | ({"context_length": given} if given else {})
+    with flagsaver.as_parsed(**values), pytest.raises(ValueError, match="has neither model.safetensors"):
+        program.main(None)
+    assert windows in capsys.readouterr().out
+
+
+def test_an_object_store_is_refused_before_anything_is_done(program):
+    with flagsaver.as_parsed(checkpoint="absent", text="absent", out="gs://bucket/p.json"):
+        with pytest.raises(ValueError, match="gs://bucket/p.json lies in an object store"):
+            program.main(None)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import config_dict
 
+from a2d_jax.stages import ROOT, read_config
 from odlri_jax import pipeline
 from odlri_jax.pipeline import MODELS, Limits, PipelineConfig, separation, verdicts
 from odlri_jax.safety_page import render
@@ -111,6 +113,8 @@ def test_a_folder_of_other_models_is_refused(config, results, tmp_path, monkeypa
     pipeline.run(dataclasses.replace(config, limits=Limits(0.5, 0.5)), tmp_path)
     with pytest.raises(ValueError, match="begun with other settings .decompose: .*'rank': 16"):
         pipeline.run(dataclasses.replace(config, decompose={"rank": 16}), tmp_path)
+    with pytest.raises(ValueError, match="other settings .calibration_dtype: 'float32' then, 'bfloat16' now"):
+        pipeline.run(dataclasses.replace(config, calibration_dtype="bfloat16", layers_per_group=1), tmp_path)
 
 
 def test_a_conversion_that_was_cut_off_is_made_again(config, tmp_path, monkeypatch):
@@ -133,6 +137,40 @@ def test_a_conversion_that_was_cut_off_is_made_again(config, tmp_path, monkeypat
     assert len(commands) == 1
 
 
+def test_calibration_takes_the_memory_that_the_config_says(tmp_path, monkeypatch):
+    class AtTheCalibration(Exception):
+        pass
+
+    def calibrate(asked):
+        assert (asked.layers_per_group, asked.dtype) == (4, "bfloat16")
+        raise AtTheCalibration
+
+    for step in ("run_command", "train", "export"):
+        monkeypatch.setattr(pipeline, step, lambda *_: None)
+    monkeypatch.setattr(pipeline.calibrate, "run", calibrate)
+    given = read_config(f"--config={ROOT / 'configs' / 'pipeline_llada_8b.py'}").to_dict()
+    with pytest.raises(AtTheCalibration):
+        pipeline.make_models(PipelineConfig.from_dict(given, tmp_path), tmp_path)
+
+
+def test_each_folder_holds_the_completions_of_one_sampler(config, tmp_path, monkeypatch):
+    """Whichever order comes first: a folder with those of another would be refused."""
+    samplers = {}
+    monkeypatch.setattr(
+        pipeline.evaluate, "run", lambda asked: samplers.setdefault(asked.out, set()).add(asked.sampler)
+    )
+    for orders in (("confidence", "random"), ("random", "confidence")):
+        pipeline.attack_model(dataclasses.replace(config, orders=orders), tmp_path / "model", tmp_path)
+    assert len(samplers) == 2 * 2 + 2 * 2 + 2  # attacks in two orders, and with [EOS] banned; foods
+    assert all(len(own) == 1 for own in samplers.values())
+
+
+def test_an_object_store_is_refused(monkeypatch):
+    monkeypatch.setattr(pipeline.flags, "FLAGS", SimpleNamespace(out="gs://bucket/out", config=None))
+    with pytest.raises(ValueError, match="gs://bucket/out lies in an object store"):
+        pipeline.main(None)
+
+
 def test_without_direct_requests_there_is_no_auc(config, results):
     del results["aligned"]["zero_shot, confidence"]
     assert separation(config, results["aligned"]) is None and separation(config, results["original"]) == 1.0
@@ -147,6 +185,7 @@ def test_without_direct_requests_there_is_no_auc(config, results):
         ({"sampler": {"step": 8}}, "config.sampler has no field 'step'"),
         ({"attacks": {"dja": "d.json"}}, "attacks names dja"),
         ({"layout": "zip"}, "layout='zip'"),
+        ({"calibration_dtype": "float16"}, "calibration_dtype='float16'"),
         ({"orders": ("confidnce",)}, "confidnce"),
         ({"judge_settings": {"api": {"modle": "x"}}}, "judge_settings: .*modle"),
         ({"decompose": {"init": "best"}}, "init='best' is unknown"),

@@ -113,6 +113,10 @@ def test_as_safe_as_uncompressed_means_in_every_attack():
     [
         ({"prompts": {"dija": "absent.json"}}, "no such file: dija=absent.json"),
         ({"inits": ("best",)}, "no such start"),
+        ({"bits": (2, 5)}, "2, 3 or 4 bits a weight, not 5"),
+        ({"ranks": (2, 24)}, r"rank=24 is above min.m, n. = 16 of model.transformer.blocks.0"),
+        ({"decompose": DecomposeConfig(lr_bits=4)}, "rank=2 with lr_bits=4: lattice factors need a multiple of 8"),
+        ({"checkpoints": {"base": "absent"}}, "'absent' has no config.json"),
         ({"align": "base"}, "go together"),
         ({"align": "a2d", "align_config": "configs/world_a2d.py"}, "none of the checkpoints"),
         ({"align_bits": (4,), "align_calibrations": ("poems",)}, "'4', 'poems'. is not compressed"),

@@ -136,6 +136,22 @@ def test_template_that_always_opens_the_next_turn(folders, tmp_path):
     assert response == [*tokenizer.encode("Mix."), tokenizer.eot_id, tokenizer.eos_id]
 
 
+@pytest.mark.parametrize(
+    "day",
+    [
+        # LLaMA 3.2's and Mistral Small 3's way.
+        "{% if not date_string is defined %}{% if strftime_now is defined %}"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+        "{% endif %}{{ date_string }}",
+        "{% set today = strftime_now('%d %b %Y') %}{{ today }}",
+    ],
+)
+def test_prompts_do_not_change_at_midnight(folders, tmp_path, day):
+    shutil.copytree(folders["llada"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(day + LLADA_TEMPLATE)
+    assert load_tokenizer(tmp_path).render_prompt("How?").startswith("26 Jul 2024<|startoftext|>")
+
+
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_mask_runs(name, request):
     tokenizer = request.getfixturevalue(name)

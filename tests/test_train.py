@@ -313,6 +313,9 @@ def test_other_rows_in_the_same_file_are_refused(base, tmp_path):
     "change, message",
     [
         ({"num_steps": None}, "num_epochs and config.num_steps are both empty"),
+        ({"num_steps": -1}, "config.num_steps=-1; it must be above 0, or None"),
+        ({"num_steps": 0, "num_epochs": 1.0}, "config.num_steps=0; it must be above 0, or None"),
+        ({"num_steps": None, "num_epochs": -0.5}, "config.num_epochs=-0.5; it must be above 0, or None"),
         ({"objective": "gpt"}, "objective='gpt'; choose one of"),
         ({"remat": "some"}, "remat='some'; choose one of"),
         ({"grad_accum_steps": 3}, "batch_size=4 does not split into grad_accum_steps=3"),
@@ -336,6 +339,16 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused(base, tmp_path)
     config = make_config(base, **{"mesh.data": 8})
     with pytest.raises(ValueError, match="batch_size=4 does not split over data=8 x fsdp=1 devices"):
         train(config, tmp_path / "run")
+
+
+def test_the_folder_of_the_base_is_no_workdir(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(folder.iterdir())
+    for workdir in (folder, tmp_path / "link"):
+        with pytest.raises(ValueError, match="--workdir is the folder of the base model itself"):
+            run(make_config(folder, num_steps=1), workdir)
+    assert sorted(folder.iterdir()) == before
 
 
 def truncate(file: Path) -> None:

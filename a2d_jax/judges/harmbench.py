@@ -21,8 +21,9 @@ from flax import nnx
 
 from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.config import load_config
+from a2d_jax.folders import hf_folder
 from a2d_jax.judges.base import Row, Score, behavior_of
-from a2d_jax.pretrained import hf_folder, load_pretrained
+from a2d_jax.pretrained import load_pretrained
 from a2d_jax.progress import clock
 from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer
