@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path
-from a2d_jax.folders import TRAIN_CONFIG_NAME, hf_folder
+from a2d_jax.folders import TRAIN_CONFIG_NAME, check_target, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, save_pretrained
 from a2d_jax.models.lora import merge_adapter
 from a2d_jax.orbax_io import copy_companions
@@ -42,12 +42,14 @@ def export(
         it was trained on.
 
     Raises:
-      ValueError: a target that is the checkpoint itself or lies in an object store, no adapter where one is asked for,
-        or a base for what is no adapter.
+      ValueError: a target that is the checkpoint itself, its base or a checkpoint of another kind, or lies in an object
+        store; no adapter where one is asked for, or a base for what is no adapter.
     """
     checkpoint, target = str(checkpoint), local_path(target)
-    if target.exists() and target.resolve() == Path(checkpoint).resolve():
-        raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
+    own = [Path(folder).resolve() for folder in (checkpoint, base_model_of(checkpoint)) if folder]
+    if target.exists() and target.resolve() in own:
+        raise ValueError(f"--target is the checkpoint itself or its base ({target}); choose another folder.")
+    check_target(target, is_other_format=False)
     if base is not None and not is_adapter:
         raise ValueError(f"--base={base} is for the configuration of an adapter; add --adapter, or leave it out.")
     config = load_config(hf_folder(checkpoint))

@@ -40,7 +40,7 @@ from a2d_jax.likelihood import log_likelihood
 from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.sampling import SamplerConfig, infill
 from a2d_jax.sharding import make_mesh, under
-from a2d_jax.tokenizer import load_tokenizer
+from a2d_jax.tokenizer import TEMPLATE_VARIABLES, load_tokenizer
 
 GROUP = "lm_eval.models"
 _PAD_MULTIPLE = 32  # row lengths of likelihoods, so that few programs are compiled
@@ -261,6 +261,7 @@ class A2DLM(LM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **TEMPLATE_VARIABLES,
         )
 
     @property

@@ -56,7 +56,7 @@ class DecomposeConfig:
             )
         if self.group < 1:
             raise ValueError(f"group={self.group}: so many columns share a scale; give a multiple of {BLOCK}.")
-        if not self.ridge >= 0:
+        if self.ridge < 0:
             raise ValueError(f"ridge={self.ridge} is taken from H, not added to it; give 0 or more.")
         get_codebook(self.q_codebook, self.q_bits)
 

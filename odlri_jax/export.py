@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from flax import nnx
 
 from a2d_jax.files import local_path
-from a2d_jax.folders import hf_folder
+from a2d_jax.folders import check_target, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, read_tensor, save_dense
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.models.naming import TensorName, adapter_targets, module_names
@@ -109,8 +109,7 @@ def export(checkpoint: str, target: str | Path, layout: str, dtype: str | None =
         raise ValueError("--dtype is for dense tensors that change; --layout packed keeps every one as it is.")
     if target.exists() and target.resolve() in (Path(checkpoint).resolve(), files.resolve()):
         raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
-    if layout != "packed" and (target / MANIFEST_NAME).exists():
-        raise ValueError(f"--target {target} holds a packed checkpoint; choose another folder.")
+    check_target(target, is_other_format=layout == "packed")
     model = load_pretrained(checkpoint, dtype=jnp.float32)
     packed = compressed_projections(model)
     if not packed:

@@ -30,6 +30,8 @@ from a2d_jax.hf_io import (
     place_tensor,
     read_tensor,
     stored_dtype,
+    with_index,
+    with_stored_dtype,
     write_checkpoint,
 )
 from a2d_jax.models.naming import TensorName, module_names, projections, tensor_names
@@ -149,7 +151,8 @@ def load_packed(folder: str | os.PathLike, mesh: Mesh | None, dtypes: DTypes, re
         return array
 
     model = abstract_packed(folder, dtypes, remat)
-    model.config = dataclasses.replace(config, weight_files=tuple(source.weight_map.items()))
+    dense = (source.dtypes[name.hf_name] for name, spec in names.items() if spec is None)
+    model.config = with_index(with_stored_dtype(config, dense), folder)
     return fill_model(model, mesh, names, lambda name, *where: place_tensor(name, read, *where))
 
 

@@ -200,6 +200,8 @@ def test_a_folder_that_loads_as_another_checkpoint_is_no_target(name, tmp_path):
     (tmp_path / name).mkdir() if name == "params" else (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="would be loaded instead of what is written; choose another folder"):
         a2d_jax.save_pretrained(a2d_jax.load_pretrained(FIXTURES / "llada_tiny"), tmp_path)
+    with pytest.raises(ValueError, match="would be loaded instead of what is written; choose another folder"):
+        export(FIXTURES / "dream_tiny", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
