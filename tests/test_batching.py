@@ -20,7 +20,7 @@ def llada(fixtures):
     return a2d_jax.load_pretrained(fixtures / "llada_tiny")
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache": "dual", "threshold": 0.2}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"cache": "dual", "threshold": 0.2}, marks=pytest.mark.slow)])
 def test_five_prompts_through_two_rows(llada, settings):
     config = dataclasses.replace(CONFIG, **settings)
     first = np.asarray(generate(llada, PROMPTS[:4], config).eos_prob)[:, 0]

@@ -87,7 +87,7 @@ def test_one_block_that_is_the_whole_text_needs_no_approximation(models, cache):
 
 
 @pytest.mark.parametrize("cache", [None, "dual"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_what_saves_time_on_large_models_changes_no_token(models, monkeypatch, cache, temperature):
     """A head for a quarter of the candidates, half of them, ...; layers out of their stack."""
     config = SamplerConfig(gen_length=16, steps=16, block_length=8, cache=cache, temperature=temperature)

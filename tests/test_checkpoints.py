@@ -516,7 +516,7 @@ def test_programs_convert_and_export_a_folder(tmp_path):
     assert "27 tensors" in run("a2d_jax.convert", f"--source={source}", f"--target={tmp_path / 'orbax'}")
     run("a2d_jax.export", f"--checkpoint={tmp_path / 'orbax'}", f"--target={tmp_path / 'back'}")
     same_files(tmp_path / "back", source)
-    run("a2d_jax.export", f"--checkpoint={source}", f"--target={tmp_path / 'half'}", "--dtype=bfloat16")
+    export(source, tmp_path / "half", dtype="bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     stored = safetensors.numpy.load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {np.dtype(ml_dtypes.bfloat16)}

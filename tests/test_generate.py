@@ -35,6 +35,7 @@ def test_two_prompts_are_answered_in_one_batch(checkpoint):
     assert first["num_forward"] == 4 and not first["is_rejected"] and 0 <= first["eos_prob_first"] <= 1
 
 
+@pytest.mark.slow
 def test_a_text_with_masks_is_filled_in_place_by_a_model_on_two_devices(checkpoint):
     done = run(
         f"--checkpoint={checkpoint}", "--prompt=tell me <mask:2> the cake", "--order=right_to_left", "--json",

@@ -174,6 +174,7 @@ def test_local_tasks_run_and_every_setting_stands_beside_the_scores(model, tasks
     assert settings["samplers"][-1]["gen_length"] == 8 and settings["samplers"][-1]["order"] == "confidence"
 
 
+@pytest.mark.slow
 def test_the_harness_command_finds_the_model(tasks, tmp_path):
     command = [
         sys.executable, "-m", "a2d_jax.lm_eval", "run", "--model", "a2d_jax", "--model_args",

@@ -253,6 +253,7 @@ def command(config: CompressConfig) -> list[str]:
     return [sys.executable, "-m", "odlri_jax.compress", *flags, "--layers_per_group=1"]
 
 
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_files(finished, config):
     """SIGKILL once the first file is there, and once the second is; the third start ends it."""
     out = Path(config.out)

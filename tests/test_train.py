@@ -131,6 +131,7 @@ def test_a_run_stopped_after_a_checkpoint_continues_bit_for_bit(base, tmp_path, 
     assert [entry.name for entry in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["6"]
 
 
+@pytest.mark.slow
 def test_the_command_line_survives_a_kill(base, tmp_path):
     config_file = tmp_path / "tiny.py"
     fields = make_config(base, num_steps=100_000).to_dict()
