@@ -234,6 +234,8 @@ def test_an_export_in_float32_keeps_what_the_bases_bfloat16_would_round(base, tm
     export(base, tmp_path / "half", dtype="bfloat16")
     run(make_config(tmp_path / "half", has_adapter, num_steps=1), tmp_path / "run")
     export(tmp_path / "run", tmp_path / "exported", dtype="float32")
+    with pytest.raises(ValueError, match="the checkpoint itself or its base"):  # what an adapter would be put on twice
+        export(tmp_path / "run", tmp_path / "half")
     trained = a2d_jax.merge_adapter(a2d_jax.load_pretrained(tmp_path / "run"))
     exported = a2d_jax.load_pretrained(tmp_path / "exported")
     for path in ("blocks.q_proj", "blocks.down_proj"):
