@@ -43,6 +43,7 @@ from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import decompose
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.export import export
+from odlri_jax.matrices import list_matrices
 from odlri_jax.perplexity import perplexity
 
 STARTS = ("zero", "svd", "odlri", "auto")
@@ -178,7 +179,7 @@ def sweep_num_outliers(smollm2: str, moments: Path, out: Path, name: str) -> Non
     path = out / f"{name}.json"
     errors: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
     source, calibration = SafetensorsFolder(smollm2), Calibration(moments)
-    matrices = [m for m in compress.list_matrices(load_config(smollm2), False) if m.layer == SWEEP_LAYER]
+    matrices = [m for m in list_matrices(load_config(smollm2), False) if m.layer == SWEEP_LAYER]
     base = DecomposeConfig(rank=32, outer_iters=15, tune_iters=2)
     starts = {"zero": dataclasses.replace(base, init="zero"), "svd": dataclasses.replace(base, init="svd")}
     starts |= {f"k={k}": dataclasses.replace(base, init="odlri", num_outliers=k) for k in SWEEP_KS}

@@ -22,7 +22,6 @@ import dataclasses
 import json
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,18 +42,18 @@ from a2d_jax.orbax_io import copy_companions
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
 from odlri_jax.calibration import Calibration
-from odlri_jax.codebooks import BLOCK
 from odlri_jax.decompose import check_inputs, check_shape, decompose_stack
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.fingerprint import fingerprint
+from odlri_jax.matrices import Matrix, default_rank, layer_groups, list_matrices
 from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
 from odlri_jax.packing import pack
 from odlri_jax.report import PLOT_NAME, REPORT_NAME, matrix_record, write_report
 
 UNFINISHED = "unfinished"
 _SETTINGS_NAME, _COPY_NAME = "settings.json", "dense"
-_HEAD_GROUP, _DENSE_NAME = "head", "dense.safetensors"
+_DENSE_NAME = "dense.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,59 +74,6 @@ class CompressConfig:
     head: bool = False
     layers_per_group: int | None = None
     num_devices: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """One linear layer: its name in the checkpoint, ours ("q_proj", ...), its layer, and (m, n)."""
-
-    name: str
-    projection: str
-    layer: int | None
-    shape: tuple[int, int]
-
-    def key(self, seed: int) -> jax.Array:
-        """Random key that depends on the name alone."""
-        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
-
-    @property
-    def work(self) -> int:
-        """Multiplications with H, to which most of the time goes."""
-        return self.shape[0] * self.shape[1] ** 2
-
-
-# -- what there is to do ----------------------------------------------------------------------------------------------
-
-
-def list_matrices(config: ModelConfig, has_head: bool) -> list[Matrix]:
-    """The matrices to decompose, in the order of the layers."""
-    if has_head and config.tie_embeddings:
-        raise ValueError("--head: this model's head is its embedding, which stays dense; leave the flag out.")
-    return [
-        Matrix(name.hf_name.removesuffix(".weight"), name.path[-2], name.layer, name.shape)
-        for name in tensor_names(config)
-        if name.path[-1] == "kernel" and (name.layer is not None or has_head)
-    ]
-
-
-def default_rank(matrices: Sequence[Matrix]) -> int:
-    """Rank where none is given: 64, or half of the smallest side, in multiples of 8, where that side is below 64."""
-    smallest = min(min(matrix.shape) for matrix in matrices)
-    return DecomposeConfig.rank if DecomposeConfig.rank <= smallest else max(1, smallest // 2 // BLOCK * BLOCK)
-
-
-def layer_groups(matrices: Sequence[Matrix], layers_per_group: int) -> dict[str, list[Matrix]]:
-    """File stem -> its matrices: runs of layers, then the head."""
-    last = max((matrix.layer for matrix in matrices if matrix.layer is not None), default=0)
-    groups: dict[str, list[Matrix]] = {}
-    for matrix in matrices:
-        if matrix.layer is None:
-            stem = _HEAD_GROUP
-        else:
-            first = matrix.layer // layers_per_group * layers_per_group
-            stem = f"layers-{first:03d}-{min(first + layers_per_group - 1, last):03d}"
-        groups.setdefault(stem, []).append(matrix)
-    return groups
 
 
 # -- the work ---------------------------------------------------------------------------------------------------------

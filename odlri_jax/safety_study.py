@@ -46,6 +46,7 @@ from odlri_jax import calibrate, compress
 from odlri_jax.decompose import check_shape
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.export import export
+from odlri_jax.matrices import list_matrices
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
 
@@ -313,7 +314,7 @@ def check(config: SafetyStudyConfig) -> None:
     for variant in list_variants(config):
         if variant.calibration is not None:
             model_config = load_config(hf_folder(config.checkpoints[variant.model]))
-            for matrix in compress.list_matrices(model_config, has_head=False):
+            for matrix in list_matrices(model_config, has_head=False):
                 check_shape(matrix.shape, decomposition(config, variant), matrix.name)
 
 

@@ -24,6 +24,7 @@ from odlri_jax import compress
 from odlri_jax.compress import CompressConfig
 from odlri_jax.decompose import decompose_stack
 from odlri_jax.decompose_config import DecomposeConfig
+from odlri_jax.matrices import Matrix, default_rank, list_matrices
 from odlri_jax.packed_tensors import matrix_bits
 from odlri_jax.packing import unpack
 
@@ -123,7 +124,7 @@ def test_matrix_is_what_decompose_gives(finished, checkpoint, calibration):
     name = "model.layers.1.mlp.down_proj"
     w = SafetensorsFolder(checkpoint).read(f"{name}.weight").astype(np.float32)
     h = load_file(calibration / "layer_001.safetensors")["down"]
-    matrix = compress.Matrix(name, "down_proj", 1, (D, F))
+    matrix = Matrix(name, "down_proj", 1, (D, F))
     stack = decompose_stack(w[None], h[None], SETTINGS, matrix.key(0)[None])
     expected = jax.tree.map(lambda x: x[0], stack)
     arrays = load_file(finished / "layers-001-001.safetensors")
@@ -312,8 +313,8 @@ def test_rank_above_a_matrix_names_it(config):
     ("shapes", "rank"), [([(64, 128)], 64), ([(128, 128), (48, 128)], 24), ([(128, 56)], 24), ([(8, 8)], 1)]
 )
 def test_without_a_rank_the_smallest_matrix_allows_it(shapes, rank):
-    matrices = [compress.Matrix(f"{i}", "q_proj", i, shape) for i, shape in enumerate(shapes)]
-    assert compress.default_rank(matrices) == rank
+    matrices = [Matrix(f"{i}", "q_proj", i, shape) for i, shape in enumerate(shapes)]
+    assert default_rank(matrices) == rank
 
 
 def test_broken_moment_names_its_matrix(config, calibration, tmp_path):
@@ -356,7 +357,7 @@ def test_tied_head_is_refused():
         }  # fmt: skip
     )
     with pytest.raises(ValueError, match="head is its embedding"):
-        compress.list_matrices(config, has_head=True)
+        list_matrices(config, has_head=True)
 
 
 def test_more_devices_than_there_are(config):
