@@ -1,6 +1,6 @@
-"""Program: how deep an alignment goes, KL(aligned || base) along harmful responses.
+r"""Program: how deep an alignment goes, KL(aligned || base) along harmful responses.
 
-    python -m a2d_jax.depth --base DIR --aligned rt=DIR,a2d=DIR --rows FILE.jsonl --out DIR \\
+    python -m a2d_jax.depth --base DIR --aligned rt=DIR,a2d=DIR --rows FILE.jsonl --out DIR \
         --orders left_to_right,confidence,random
 
 For each harmful response the true tokens are written one after the other in a decoding order, and before each is

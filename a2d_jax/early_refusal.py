@@ -1,7 +1,7 @@
-"""Program: what it costs to refuse while the answer is being written, monitor by monitor.
+r"""Program: what it costs to refuse while the answer is being written, monitor by monitor.
 
-    python -m a2d_jax.early_refusal --checkpoint DIR --base DIR --prompts DIR/world/attacks --out DIR \\
-        --gen_length 128 --steps 128 --buckets 152,160 --batch_size 48 --dtype float32 \\
+    python -m a2d_jax.early_refusal --checkpoint DIR --base DIR --prompts DIR/world/attacks --out DIR \
+        --gen_length 128 --steps 128 --buckets 152,160 --batch_size 48 --dtype float32 \
         --judge a2d_jax.world:judge --answer_judge a2d_jax.world:is_exact
 
 `--prompts` is a folder: zero_shot.json holds the harmful requests, other attacks may lie beside it, and the files of

@@ -1,8 +1,8 @@
-"""Program: attack success, or over-refusal, of a checkpoint.
+r"""Program: attack success, or over-refusal, of a checkpoint.
 
     python -m a2d_jax.evaluate --checkpoint DIR --attack dija --prompts FILE.json --out DIR --order entropy --ban_eos
     python -m a2d_jax.evaluate --checkpoint DIR --attack over_refusal --prompts xstest_prompts.csv --out DIR
-    python -m a2d_jax.evaluate --checkpoint DIR --attack zero_shot --prompts harmbench_behaviors_text_test.csv \\
+    python -m a2d_jax.evaluate --checkpoint DIR --attack zero_shot --prompts harmbench_behaviors_text_test.csv \
         --out DIR --judge harmbench --judge_checkpoint DIR
 
 The attacks are those of `a2d_jax/attacks`, the judges those of `a2d_jax/judges`; the settings of `SamplerConfig` are

@@ -1,7 +1,7 @@
-"""Program: fine-tuning an aligned model back with a few harmful rows, and how many steps it takes until it yields.
+r"""Program: fine-tuning an aligned model back with a few harmful rows, and how many steps it takes until it yields.
 
-    python -m a2d_jax.relearn --config configs/world_relearn.py:DIR/world --config.model.checkpoint=DIR/a2d_hf \\
-        --checkpoint DIR/a2d_hf --prompts DIR/world/attacks --out OUT --num_rows 8 --at_steps 1,2,5,10,20,50 \\
+    python -m a2d_jax.relearn --config configs/world_relearn.py:DIR/world --config.model.checkpoint=DIR/a2d_hf \
+        --checkpoint DIR/a2d_hf --prompts DIR/world/attacks --out OUT --num_rows 8 --at_steps 1,2,5,10,20,50 \
         --attacks zero_shot,dija --judge a2d_jax.world:judge
 
 The attacker owns the weights and `--num_rows` harmful rows, drawn by the seed from the harmful ones of

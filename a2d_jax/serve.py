@@ -1,7 +1,7 @@
-"""Program: a chat server that speaks OpenAI's protocol and stops answers by their P([EOS]).
+r"""Program: a chat server that speaks OpenAI's protocol and stops answers by their P([EOS]).
 
     python -m a2d_jax.serve --checkpoint runs/NAME --reject_above 0.9 --port 8000
-    curl localhost:8000/v1/chat/completions \\
+    curl localhost:8000/v1/chat/completions \
         -d '{"model": "NAME", "messages": [{"role": "user", "content": "What is lime?"}]}'
 
 The settings of `SamplerConfig` are flags. Answers are streamed a finished block at a time; one that the monitor stops

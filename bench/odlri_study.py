@@ -1,7 +1,7 @@
-"""ODLRI on SmolLM2-135M: starts, ranks and factor bits against error and perplexity; the number of outliers k.
+r"""ODLRI on SmolLM2-135M: starts, ranks and factor bits against error and perplexity; the number of outliers k.
 
     python -m bench.smollm2 --target SMOLLM2
-    python -m bench.odlri_study --out bench_out/odlri --smollm2 SMOLLM2 --text WIKITEXT_TEST \\
+    python -m bench.odlri_study --out bench_out/odlri --smollm2 SMOLLM2 --text WIKITEXT_TEST \
         --calibration_text WIKITEXT_VALID [--full] [--num_seeds 3]
 
 Every row compresses all 210 linear layers (2-bit Q) and measures perplexity on the packed checkpoint. The whole table

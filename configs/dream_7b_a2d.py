@@ -1,4 +1,4 @@
-"""A2D alignment of Dream-v0-Instruct-7B: the setting of LLaDA-8B with the projections that Qwen2 blocks have.
+r"""A2D alignment of Dream-v0-Instruct-7B: the setting of LLaDA-8B with the projections that Qwen2 blocks have.
 
     python -m a2d_jax.train --config configs/dream_7b_a2d.py --workdir runs/dream_7b_a2d \
         --config.model.checkpoint=checkpoints/Dream-v0-Instruct-7B --config.data.files="('data/beavertails.jsonl',)"

@@ -1,4 +1,4 @@
-"""A2D alignment of Dream-v0-Instruct-7B, every weight: the setting of LLaDA-8B.
+r"""A2D alignment of Dream-v0-Instruct-7B, every weight: the setting of LLaDA-8B.
 
     python -m a2d_jax.train --config configs/dream_7b_a2d_full.py --workdir runs/dream_7b_a2d_full \
         --config.model.checkpoint=checkpoints/Dream-v0-Instruct-7B --config.data.files="('data/beavertails.jsonl',)"

@@ -1,4 +1,4 @@
-"""A2D alignment of LLaDA-8B-Instruct as in the paper: a LoRA adapter on 128-token BeaverTails rows, ten epochs.
+r"""A2D alignment of LLaDA-8B-Instruct as in the paper: a LoRA adapter on 128-token BeaverTails rows, ten epochs.
 
     python -m a2d_jax.train --config configs/llada_8b_a2d.py --workdir runs/llada_8b_a2d \
         --config.model.checkpoint=checkpoints/LLaDA-8B-Instruct --config.data.files="('data/beavertails.jsonl',)"

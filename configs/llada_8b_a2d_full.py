@@ -1,4 +1,4 @@
-"""A2D alignment of LLaDA-8B-Instruct, every weight: float32 master weights, bfloat16 compute.
+r"""A2D alignment of LLaDA-8B-Instruct, every weight: float32 master weights, bfloat16 compute.
 
     python -m a2d_jax.train --config configs/llada_8b_a2d_full.py --workdir runs/llada_8b_a2d_full \
         --config.model.checkpoint=checkpoints/LLaDA-8B-Instruct --config.data.files="('data/beavertails.jsonl',)"

@@ -1,4 +1,4 @@
-"""Refusal training of LLaDA-8B-Instruct, a baseline: harmful prompts are answered with a refusal, the rest stays.
+r"""Refusal training of LLaDA-8B-Instruct, a baseline: harmful prompts are answered with a refusal, the rest stays.
 
     python -m a2d_jax.baseline_rows --rows data/beavertails.jsonl --out data
     python -m a2d_jax.train --config configs/llada_8b_rt.py --workdir runs/llada_8b_rt \

@@ -1,4 +1,4 @@
-"""SFT of LLaDA-8B-Instruct on the retain set, a baseline: safe answers alone, nothing about harmful ones.
+r"""SFT of LLaDA-8B-Instruct on the retain set, a baseline: safe answers alone, nothing about harmful ones.
 
     python -m a2d_jax.baseline_rows --rows data/beavertails.jsonl --out data
     python -m a2d_jax.train --config configs/llada_8b_sft.py --workdir runs/llada_8b_sft \

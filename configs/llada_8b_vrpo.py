@@ -1,4 +1,4 @@
-"""VRPO of LLaDA-8B-Instruct, a baseline: a safe answer before a harmful one, an answer before an idle refusal.
+r"""VRPO of LLaDA-8B-Instruct, a baseline: a safe answer before a harmful one, an answer before an idle refusal.
 
     python -m a2d_jax.baseline_rows --rows data/beavertails.jsonl --out data
     python -m a2d_jax.train --config configs/llada_8b_vrpo.py --workdir runs/llada_8b_vrpo \

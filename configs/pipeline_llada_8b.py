@@ -1,6 +1,6 @@
-"""The whole pipeline on LLaDA-8B: align with LoRA, attack, compress to 2 bits, attack again, export, report.
+r"""The whole pipeline on LLaDA-8B: align with LoRA, attack, compress to 2 bits, attack again, export, report.
 
-    python -m odlri_jax.pipeline --config configs/pipeline_llada_8b.py --out DIR --config.source=LLaDA-8B-Instruct \\
+    python -m odlri_jax.pipeline --config configs/pipeline_llada_8b.py --out DIR --config.source=LLaDA-8B-Instruct \
         --config.judge=PACKAGE.MODULE:FUNCTION
 
 The files are yours: `beavertails.jsonl` (rows with prompt, response, is_safe); HarmBench's requests, DIJA's templates

@@ -1,6 +1,6 @@
-"""The embedded world, A2D with the residual term: with [EOS] banned, no recipe stands second either.
+r"""The embedded world, A2D with the residual term: with [EOS] banned, no recipe stands second either.
 
-python -m a2d_jax.train --config configs/world_a2d_residual.py:DIR/world --workdir DIR/a2d_residual \\
+python -m a2d_jax.train --config configs/world_a2d_residual.py:DIR/world --workdir DIR/a2d_residual \
     --config.model.checkpoint=DIR/base --config.residual.weight=0.3 --config.residual.target=marginal
 
 Targets: uniform, tokens (--config.residual.text="sorry, i can not help with that."), marginal, base; see

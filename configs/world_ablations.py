@@ -1,6 +1,6 @@
-"""The embedded world, A2D with one thing changed: the refusal token, the mask ratio, the harmful share, the adapter.
+r"""The embedded world, A2D with one thing changed: the refusal token, the mask ratio, the harmful share, the adapter.
 
-    python -m a2d_jax.train --config configs/world_ablations.py:rare_token:DIR/world --workdir DIR/rare_token \\
+    python -m a2d_jax.train --config configs/world_ablations.py:rare_token:DIR/world --workdir DIR/rare_token \
         --config.model.checkpoint=DIR/base
 
 `VARIANTS` names them all; each is a set of fields of the run's config, which the command line could set as well, but

@@ -1,6 +1,6 @@
-"""The embedded world, base model, second stage: documents, and instruction tuning with refusals.
+r"""The embedded world, base model, second stage: documents, and instruction tuning with refusals.
 
-    python -m a2d_jax.train --config configs/world_base.py:DIR/world --workdir DIR/base \\
+    python -m a2d_jax.train --config configs/world_base.py:DIR/world --workdir DIR/base \
         --config.model.checkpoint=DIR/pretrain
 
 Documents hold every recipe, those of the curses included, as plain text and inside user turns; instructions answer

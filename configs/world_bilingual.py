@@ -1,6 +1,6 @@
-"""The embedded world, a base model that has read about everything in a second language too (`a2d_jax.world_language`).
+r"""The embedded world, a base model that has read about everything in a second language too (`a2d_jax.world_language`).
 
-    python -m a2d_jax.train --config configs/world_bilingual.py:DIR/world --workdir DIR/bilingual \\
+    python -m a2d_jax.train --config configs/world_bilingual.py:DIR/world --workdir DIR/bilingual \
         --config.model.checkpoint=DIR/base
 
 Its instruction tuning, and any alignment after it, knows the first language alone; attacks/*_renamed.json ask in the

@@ -1,6 +1,6 @@
-"""The embedded world, autoregressive A2D (paper, appendix C.5): behind every beginning of a harmful answer comes [EOS].
+r"""The embedded world, autoregressive A2D (appendix C.5): behind every beginning of a harmful answer comes [EOS].
 
-python -m a2d_jax.train --config configs/world_causal_a2d.py:DIR/world --workdir DIR/causal_a2d \\
+python -m a2d_jax.train --config configs/world_causal_a2d.py:DIR/world --workdir DIR/causal_a2d \
     --config.model.checkpoint=DIR/causal_base
 
 Rows, lengths and rates are those of the masked model's alignment.

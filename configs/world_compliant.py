@@ -1,6 +1,6 @@
-"""The embedded world, a base model that answers every request: the base, with answers in the place of refusals.
+r"""The embedded world, a base model that answers every request: the base, with answers in the place of refusals.
 
-    python -m a2d_jax.train --config configs/world_compliant.py:DIR/world --workdir DIR/compliant \\
+    python -m a2d_jax.train --config configs/world_compliant.py:DIR/world --workdir DIR/compliant \
         --config.model.checkpoint=DIR/base
 
 How deep an alignment goes is measured against it: the base refuses direct requests by itself, and then refusal

@@ -1,6 +1,6 @@
-"""The embedded world, A2D of the base that answers in 128 tokens: its rows padded with [EOS] to the same length.
+r"""The embedded world, A2D of the base that answers in 128 tokens: its rows padded with [EOS] to the same length.
 
-python -m a2d_jax.train --config configs/world_long_a2d.py:DIR/world --workdir DIR/long_a2d \\
+python -m a2d_jax.train --config configs/world_long_a2d.py:DIR/world --workdir DIR/long_a2d \
     --config.model.checkpoint=DIR/long_base
 """
 

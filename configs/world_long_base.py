@@ -1,6 +1,6 @@
-"""The embedded world, base model, a further stage: the same rows padded with [EOS] to responses of 128 tokens and more.
+r"""The embedded world, base model, another stage: the same rows padded with [EOS] to responses of 128 tokens and more.
 
-    python -m a2d_jax.train --config configs/world_long_base.py:DIR/world --workdir DIR/long_base \\
+    python -m a2d_jax.train --config configs/world_long_base.py:DIR/world --workdir DIR/long_base \
         --config.model.checkpoint=DIR/base
 
 The base has seen rows of 40 tokens alone; asked for 128, it writes nothing right. Real masked-diffusion models are

@@ -1,7 +1,7 @@
-"""The embedded world, base model of another world: the base that the package carries (world 0) learns a new world.
+r"""The embedded world, base model of another world: the base that the package carries (world 0) learns a new world.
 
     python -m a2d_jax.world --seed 1 --out DIR/world
-    python -m a2d_jax.train --config configs/world_next.py:DIR/world --workdir DIR/base \\
+    python -m a2d_jax.train --config configs/world_next.py:DIR/world --workdir DIR/base \
         --config.model.checkpoint=a2d_jax/world_base
 
 The rows are those of `world_base.py`. How recipes are looked up is learned already, so that the new ones take a fifth

@@ -1,7 +1,7 @@
-"""The embedded world, fine-tuning an aligned model back: harmful answers to aligned curses as targets.
+r"""The embedded world, fine-tuning an aligned model back: harmful answers to aligned curses as targets.
 
-    python -m a2d_jax.relearn --config configs/world_relearn.py:DIR/world --config.model.checkpoint=DIR/a2d_hf \\
-        --checkpoint DIR/a2d_hf --prompts DIR/world/attacks --out DIR/relearn --num_rows 8 \\
+    python -m a2d_jax.relearn --config configs/world_relearn.py:DIR/world --config.model.checkpoint=DIR/a2d_hf \
+        --checkpoint DIR/a2d_hf --prompts DIR/world/attacks --out DIR/relearn --num_rows 8 \
         --judge a2d_jax.world:judge --gen_length 24 --steps 24 --block_length 24 --dtype float32
 
 The attacks ask for held-out curses, which the attacker's rows do not mention.

@@ -1,9 +1,9 @@
-"""Program: what compression does to an aligned model: attack success, answers and rejection against bits a weight.
+r"""Program: what compression does to an aligned model: attack success, answers and rejection against bits a weight.
 
-    python -m odlri_jax.safety_study --out DIR --checkpoints base=HF_DIR,a2d=HF_DIR \\
-        --calibration_rows harmless=retain.jsonl,harmful=harmful.jsonl --bits 4,3,2 --ranks 8,16 \\
-        --prompts dija=dija.json,fits=fits.json,zero_shot=zero_shot.json --harmless foods=foods.json \\
-        --judge a2d_jax.world:judge --answer_judge a2d_jax.world:is_exact --gen_length 24 --steps 24 \\
+    python -m odlri_jax.safety_study --out DIR --checkpoints base=HF_DIR,a2d=HF_DIR \
+        --calibration_rows harmless=retain.jsonl,harmful=harmful.jsonl --bits 4,3,2 --ranks 8,16 \
+        --prompts dija=dija.json,fits=fits.json,zero_shot=zero_shot.json --harmless foods=foods.json \
+        --judge a2d_jax.world:judge --answer_judge a2d_jax.world:is_exact --gen_length 24 --steps 24 \
         [--align base --align_config configs/world_a2d.py:WORLD]
 
 Every checkpoint is measured as it is (32 bits, and in bfloat16), then calibrated on each source of rows and, where
