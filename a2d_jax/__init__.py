@@ -12,7 +12,8 @@ from a2d_jax.models.lora import LoRAConfig, add_lora, merge_adapter
 from a2d_jax.models.transformer import DTypes, Transformer
 from a2d_jax.peft_io import load_adapter, save_adapter
 from a2d_jax.pretrained import load_pretrained
-from a2d_jax.sampling import SamplerConfig, SampleResult, generate, infill
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import SampleResult, generate, infill
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 

@@ -108,14 +108,14 @@ def sample_many(
     if model.config.is_causal:
         yield from _continue_many(model, requests, config, key, batch_size, buckets, done)
         return
-    mask_id, eos_id = special_ids(model)
-    pad_id = eos_id if model.config.pad_id is None else model.config.pad_id
+    mask_id, _ = special_ids(model)
     for group in plan_groups(requests, config, buckets, model.config.family, mask_id):
         left = [index for index in group.indices if index not in done]
         if not left:
             continue
         # The first request has the bucket's length; padding it is given without changes the others' lengths alone.
-        tokens, is_real = pad_left([np.zeros(group.length, np.int32), *(requests[i].tokens for i in left)], pad_id)
+        longest = np.zeros(group.length, np.int32)
+        tokens, is_real = pad_left([longest, *(requests[i].tokens for i in left)], model.config.padding_id)
         tokens, is_real = tokens[1:], is_real[1:]
         if group.is_response:
             prompt = slice(0, group.length - config.gen_length)
@@ -142,7 +142,6 @@ def _continue_many(
     model, requests, config: SamplerConfig, key, batch_size: int, buckets: Sequence[int], done: Container[int]
 ) -> Iterator[list[tuple[int, SampleResult]]]:
     """`sample_many` of a causal model, batch by batch; what stands in the responses to come is not read."""
-    pad_id = model.config.eos_id if model.config.pad_id is None else model.config.pad_id
     for group in plan_groups(requests, config, buckets, model.config.family, model.config.mask_id):
         left = [index for index in group.indices if index not in done]
         for start in range(0, len(left), batch_size):
@@ -151,7 +150,7 @@ def _continue_many(
             rows = [*indices, *[indices[-1]] * (min(batch_size, len(group.indices)) - len(indices))]
             prompts = [requests[index].tokens[: -config.gen_length] for index in rows]
             padding = np.zeros(group.length - config.gen_length, np.int32)
-            tokens, is_real = pad_left([padding, *prompts], pad_id)
+            tokens, is_real = pad_left([padding, *prompts], model.config.padding_id)
             result = continue_rows(model, tokens[1:], is_real[1:], config, key, np.asarray(rows))
             result = jax.tree.map(np.asarray, result)
             yield [

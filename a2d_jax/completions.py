@@ -14,7 +14,8 @@ import numpy as np
 from a2d_jax.attacks import AttackInput
 from a2d_jax.batching import DEFAULT_BUCKETS, sample_many
 from a2d_jax.json_lines import append_lines, read_lines
-from a2d_jax.sampling import SamplerConfig, SampleResult
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import SampleResult
 from a2d_jax.tokenizer import Tokenizer
 
 Completion = dict[str, Any]

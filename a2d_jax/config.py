@@ -85,6 +85,11 @@ class ModelConfig:
         return self.family != "llada"
 
     @property
+    def padding_id(self) -> int:
+        """What stands in front of the shorter rows of a batch, unseen: [PAD], else [EOS], else 0."""
+        return next((token for token in (self.pad_id, self.eos_id) if token is not None), 0)
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Every token that ends what a causal model writes: LLaMA 3 lists several, the text's own [EOS] first."""
         listed = self.hf_config.get("eos_token_id")

@@ -3,8 +3,9 @@
 Each row keeps its own place: its block, its step in the block, its passes. So rows that began at different times, or
 fill their blocks at different speeds, share a batch and still come out as they would alone.
 
-    decode         passes over whole rows until few enough are unfinished; the caller may put new rows in their place
-    decode_block   one block of each row: a pass over whole rows that fills the cache, then passes over few positions
+    decode            passes over whole rows until few enough are unfinished; the caller may put new rows in their place
+    decode_to_block   the same until some row has finished a block, for answers that are streamed
+    decode_block      one block of each row: a pass over whole rows that fills the cache, then passes over few positions
 
 Of a pass only the masked positions of each row's current block go through the head: their hidden states are gathered
 into (B, c, D), c the masks of the fullest row rounded up to quarters of the plan's C, and (B, c, V) logits are the
@@ -130,8 +131,7 @@ def _logits_at(model: Transformer, hidden, indices, cfg_scale: float) -> jax.Arr
         return model.logits(jnp.take_along_axis(hidden, indices[..., None], axis=1))
     indices = jnp.concatenate([indices, indices])
     both = model.logits(jnp.take_along_axis(hidden, indices[..., None], axis=1))  # (2 B, C, V)
-    cond, uncond = jnp.split(both, 2)
-    return uncond + (cfg_scale + 1) * (cond - uncond)
+    return orders.guide(*jnp.split(both, 2), cfg_scale)
 
 
 def _uniforms(rows: Rows, recorded, which: int, positions, shape: tuple[int, ...]) -> jax.Array:
@@ -361,24 +361,28 @@ def _fill_tail(rows: Rows, tokens, is_open, is_block_done, eos_id: int):
 # -- the loops --------------------------------------------------------------------------------------------------------
 
 
+def _whole_pass(model, rows: Rows, layers, draws: Draws, plan: Plan) -> Rows:
+    """The rows after a pass that sees them whole."""
+    hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
+    offset = jnp.zeros(len(rows.tokens), jnp.int32)
+    return reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
 def decode(graphdef, state, layers, rows: Rows, max_running, draws: Draws, *, plan: Plan) -> Rows:
     """Passes over whole rows until `max_running` () rows or fewer are unfinished; `layers`: of `layers_apart`."""
     model = nnx.merge(graphdef, state)
-    offset = jnp.zeros(len(rows.tokens), jnp.int32)
 
-    def take_pass(rows: Rows) -> Rows:
-        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
-        return reveal(model, rows, hidden, offset, is_running(rows, plan.num_blocks), draws, plan)
+    def goes_on(rows: Rows) -> jax.Array:
+        return jnp.sum(is_running(rows, plan.num_blocks)) > max_running
 
-    return jax.lax.while_loop(lambda rows: jnp.sum(is_running(rows, plan.num_blocks)) > max_running, take_pass, rows)
+    return jax.lax.while_loop(goes_on, lambda rows: _whole_pass(model, rows, layers, draws, plan), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
 def decode_to_block(graphdef, state, layers, rows: Rows, max_passes, draws: Draws, *, plan: Plan) -> Rows:
     """Passes over whole rows until some row has finished a block or is done, `max_passes` of them at most."""
     model = nnx.merge(graphdef, state)
-    offset = jnp.zeros(len(rows.tokens), jnp.int32)
     block_at_start, was_running = rows.current, is_running(rows, plan.num_blocks)
 
     def goes_on(carry):
@@ -388,9 +392,7 @@ def decode_to_block(graphdef, state, layers, rows: Rows, max_passes, draws: Draw
 
     def take_pass(carry):
         rows, count = carry
-        hidden = model.hidden_states(*model_inputs(rows, model.config.mask_id, plan), layers=layers)  # (B, T, D)
-        active = is_running(rows, plan.num_blocks)
-        return reveal(model, rows, hidden, offset, active, draws, plan), count + 1
+        return _whole_pass(model, rows, layers, draws, plan), count + 1
 
     return jax.lax.while_loop(goes_on, take_pass, (rows, 0))[0]
 

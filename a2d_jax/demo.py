@@ -27,7 +27,7 @@ from a2d_jax.attacks import read_prompts
 from a2d_jax.files import write_json
 from a2d_jax.orders import ORDERS
 from a2d_jax.plots import plt, save_figure
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.scores import early_rejection
 from a2d_jax.stages import export, run_command, train
 from a2d_jax.world import is_exact

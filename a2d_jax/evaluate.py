@@ -38,8 +38,8 @@ from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
-from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import EXPECTATIONS, is_harmless, percent, summarize, summarize_groups
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import Tokenizer, load_tokenizer

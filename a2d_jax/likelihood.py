@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a2d_jax.losses import align_logits, cross_entropy, objective_of
+from a2d_jax.orders import guide
 
 
 class Perturbed(NamedTuple):
@@ -77,7 +78,7 @@ def sample_losses(
     if cfg_scale:
         is_prompt = jnp.arange(noisy_tokens.shape[1]) < num_pad + num_prompt
         unconditional = model(jnp.where(is_prompt, config.mask_id, noisy_tokens), attention_mask=attention_mask)
-        logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
+        logits = guide(logits, unconditional, cfg_scale)
     logits = align_logits(logits, objective_of(config.family))
     losses = cross_entropy(logits, jnp.broadcast_to(targets, noisy_tokens.shape)) / mask_prob  # (B, T)
     # Hundreds of terms of very different size: added up in double precision, on the host.

@@ -38,7 +38,8 @@ from a2d_jax.config import load_config
 from a2d_jax.folders import hf_folder
 from a2d_jax.likelihood import log_likelihood
 from a2d_jax.pretrained import load_pretrained, weights_fingerprint
-from a2d_jax.sampling import SamplerConfig, infill
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import infill
 from a2d_jax.sharding import make_mesh, under
 from a2d_jax.tokenizer import TEMPLATE_VARIABLES, load_tokenizer
 

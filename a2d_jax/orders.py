@@ -34,6 +34,14 @@ def dream_reveal_rate(num_steps: int, eps: float) -> np.ndarray:
     return rate
 
 
+# -- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def guide(cond: jax.Array, uncond: jax.Array, cfg_scale: float) -> jax.Array:
+    """Logits under classifier-free guidance; `uncond` are those with the prompt masked."""
+    return uncond + (cfg_scale + 1) * (cond - uncond)
+
+
 # -- which tokens -----------------------------------------------------------------------------------------------------
 
 

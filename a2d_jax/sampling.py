@@ -27,10 +27,8 @@ from flax import nnx
 from a2d_jax import autoregressive
 from a2d_jax.decoding import Draws, Plan, Rows, Trace, decode, decode_block, decode_to_block, is_running, start_rows
 from a2d_jax.models.transformer import Transformer
-from a2d_jax.sampler_config import DREAM_ORDERS, SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sharding import batch_sharding, mesh_of, under
-
-__all__ = ["DREAM_ORDERS", "Draws", "SampleResult", "SamplerConfig", "Trace", "generate", "infill", "pad_left"]
 
 
 class SampleResult(NamedTuple):
@@ -209,9 +207,8 @@ def generate(
     """
     config = config or SamplerConfig()
     if isinstance(prompt, (list, tuple)):
-        pad_id = model.config.eos_id if model.config.pad_id is None else model.config.pad_id
         if prompt_mask is None:
-            prompt, prompt_mask = pad_left(prompt, pad_id or 0)
+            prompt, prompt_mask = pad_left(prompt, model.config.padding_id)
         elif len({len(row) for row in prompt}) > 1:
             raise ValueError("prompt_mask with prompts of several lengths: leave it out, and they are padded here.")
         else:

@@ -33,7 +33,7 @@ from a2d_jax.attacks import AttackSettings
 from a2d_jax.files import write_beside, write_json
 from a2d_jax.judges import JudgeSettings
 from a2d_jax.progress import clock
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.scores import share
 from a2d_jax.stages import claim_folder, end_on_sigterm, export, held, run_command, train
 from a2d_jax.study_config import Part, StudyConfig, check_names

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from a2d_jax.sampling import SamplerConfig, SampleResult
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import SampleResult
 from a2d_jax.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("trace_page.html")

@@ -281,7 +281,7 @@ def train(
                 state, metrics = assembly.update(state, frozen, Batch(*map(place, batch)))
             if trace.after(step, state):
                 say(f"steps {traced[0]} to {step} traced: {workdir / PROFILE_FOLDER}")
-            queued.append((step, int(np.sum(batch.attention_mask[0])), metrics))
+            queued.append((step, np.sum(batch.attention_mask, axis=1).mean(), metrics))
             is_stopped = preemption.is_due(step)
             is_saved = step == num_steps or is_stopped
             is_saved |= run.checkpoint_every is not None and step % run.checkpoint_every == 0

@@ -38,7 +38,8 @@ from a2d_jax.folders import hf_folder
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.monitor import EosMonitor
 from a2d_jax.pretrained import load_pretrained
-from a2d_jax.sampling import Decoder, SamplerConfig, response_plan, response_rows, row_keys
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import Decoder, response_plan, response_rows, row_keys
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world import attack_prompts, is_exact, make_world
 from bench.growth import measure_growth, plot_growth

@@ -28,7 +28,7 @@ from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.files import local_path, write_beside, write_json
 from a2d_jax.folders import is_orbax_folder
 from a2d_jax.judges import JudgeSettings
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.scores import first_step_auc, share
 from a2d_jax.settings import build
 from a2d_jax.stages import claim_folder, end_on_sigterm, exit_if_stopped, export, run_command, train

@@ -38,8 +38,8 @@ from a2d_jax.folders import hf_folder
 from a2d_jax.judges.loading import JudgeSettings, define_judge_flags, judge_settings_from_flags
 from a2d_jax.plots import plt, save_figure
 from a2d_jax.progress import clock
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.sampler_flags import define_sampler_flags, sampler_config_from_flags
-from a2d_jax.sampling import SamplerConfig
 from a2d_jax.scores import first_step_auc, share
 from a2d_jax.stages import claim_folder, exit_if_stopped, train
 from odlri_jax import calibrate, compress

@@ -13,7 +13,7 @@ from a2d_jax import world as world_lib
 from a2d_jax.attacks import ATTACKS, AttackSettings, read_prompts
 from a2d_jax.completions import read_completions
 from a2d_jax.judges import Score
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world_language import rename, renamed_rows, renaming
 

@@ -9,7 +9,8 @@ from flax import nnx
 
 import a2d_jax
 from a2d_jax.batching import DEFAULT_BUCKETS, buckets_up_to, generate_many
-from a2d_jax.sampling import SamplerConfig, generate
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import generate
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 30, 31], [1, 2, 3], [200, 3], [7] * 14]
 CONFIG = SamplerConfig(gen_length=8, steps=8, block_length=4)

@@ -13,7 +13,8 @@ import a2d_jax
 from a2d_jax import decoding, orders
 from a2d_jax.models import transformer
 from a2d_jax.monitor import any_step
-from a2d_jax.sampling import SamplerConfig, generate, infill
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.stem for path in (FIXTURES / "sampling").glob("fastdllm_*.npz"))

@@ -7,7 +7,7 @@ from test_evaluate import RuleModel, write_tiny_checkpoint
 
 from a2d_jax import evaluate
 from a2d_jax.early_refusal import WATCHES, RefusalStudy, markdown, measure
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.tokenizer import load_tokenizer
 
 BANE, CAKE = {"Behavior": "tell me of the bane"}, {"Behavior": "tell me of the cake"}

@@ -22,7 +22,7 @@ from a2d_jax.evaluate import EvaluationConfig, add_up, evaluate_requests, run
 from a2d_jax.hf_io import load_hf_folder
 from a2d_jax.judges import JudgeSettings, Score
 from a2d_jax.models.transformer import DTypes
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.scores import summarize
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.world_tokenizer import CHAT_TEMPLATE

@@ -11,7 +11,8 @@ import pytest
 
 import a2d_jax
 from a2d_jax.monitor import any_position, any_step, calibrate, first_step
-from a2d_jax.sampling import SamplerConfig, generate, infill
+from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.sampling import generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROMPTS = [[5, 6, 7], [9, 8, 7, 30, 31], [1, 2, 3]]

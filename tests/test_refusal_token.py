@@ -16,7 +16,7 @@ from a2d_jax.completions import blank_text
 from a2d_jax.decoding import propose
 from a2d_jax.masking import corrupt
 from a2d_jax.orbax_io import copy_companions
-from a2d_jax.sampling import SamplerConfig
+from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.settings import RunConfig, check_resumable, default_config
 from a2d_jax.train import train
 from a2d_jax.world_tokenizer import EOS, MASK, build_tokenizer, write_tokenizer

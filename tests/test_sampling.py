@@ -12,8 +12,9 @@ from flax import nnx
 
 import a2d_jax
 from a2d_jax import orders
-from a2d_jax.decoding import propose
-from a2d_jax.sampling import DREAM_ORDERS, Draws, SamplerConfig, generate, infill
+from a2d_jax.decoding import Draws, propose
+from a2d_jax.sampler_config import DREAM_ORDERS, SamplerConfig
+from a2d_jax.sampling import generate, infill
 
 FIXTURES = Path(__file__).parent / "fixtures"
 A2D_ORDERS = {
