@@ -142,7 +142,7 @@ def _choose(base: evaluate.EvaluationConfig, names: Sequence[str] | None) -> lis
         raise ValueError(f"unknown variants {unknown}; choose among {list(VARIANTS)}")
     files = hf_folder(base.checkpoint)
     is_causal = load_config(files).is_causal
-    tokenizer = load_tokenizer(files, requires_mask=not is_causal)
+    tokenizer = load_tokenizer(files)
     problems = {name: _problem(base, VARIANTS[name], tokenizer, is_causal) for name in VARIANTS}
     for name in names or ():
         if problem := problems[name] or problems[VARIANTS[name].plain]:
@@ -178,7 +178,7 @@ def _configure(base: evaluate.EvaluationConfig, name: str, variant: Variant, num
     """The evaluation of one try."""
     changes = dict(variant.sampler)
     if changes.get("ban_eot"):
-        changes["eot_id"] = load_tokenizer(hf_folder(base.checkpoint), requires_mask=False).eot_id
+        changes["eot_id"] = load_tokenizer(hf_folder(base.checkpoint)).eot_id
     out = Path(base.out) / name
     return dataclasses.replace(
         base,

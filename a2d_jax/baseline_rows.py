@@ -74,8 +74,7 @@ def _with_category(row: dict, category: Mapping[str, bool] | None) -> dict:
     return row if category is None else row | {"category": dict(category)}
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     given, refusals = flags.FLAGS, REFUSALS
     if given.refusals:
         refusals = tuple(filter(None, map(str.strip, Path(given.refusals).read_text(encoding="utf-8").splitlines())))

@@ -5,8 +5,8 @@ program a bucket. What a request becomes does not depend on its company: its ran
 do not see each other.
 """
 
-from collections.abc import Container, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -167,8 +167,12 @@ def generate_many(
     *,
     batch_size: int = 16,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
+    report: Callable[[int], Any] = lambda num_finished: None,
 ) -> list[SampleResult]:
-    """`generate` for any number of prompts of any lengths: one result a prompt, without batch axis and padding."""
+    """`generate` for any number of prompts of any lengths: one result a prompt, without batch axis and padding.
+
+    `report` hears how many requests have just been finished.
+    """
     config = config or SamplerConfig()
     blank_id = model.config.eos_id if model.config.is_causal else special_ids(model)[0]
     response = np.full(config.gen_length, blank_id, np.int32)
@@ -177,6 +181,7 @@ def generate_many(
     for finished in sample_many(model, requests, config, key, batch_size=batch_size, buckets=buckets):
         for index, result in finished:
             results[index] = result
+        report(len(finished))
     return results
 
 

@@ -16,22 +16,20 @@ from a2d_jax.models.naming import tensor_names
 from a2d_jax.orbax_io import convert_folder
 from a2d_jax.sharding import make_mesh
 
-_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder with safetensors", required=True)
-_TARGET = flags.DEFINE_string("target", None, "folder to write", required=True)
-
 
 def main(_) -> None:
+    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    config = load_config(_SOURCE.value)
+    config = load_config(given.source)
     num_tensors = len(tensor_names(config))
     num_devices = jax.device_count()
     of_dtype = f" of {config.dtype}" if config.names_dtype else ""
     print(f"{config.family}, {config.num_layers} layers of width {config.width}, {num_tensors} tensors{of_dtype}")
-    print(f"{_SOURCE.value} -> {_TARGET.value}, split over {num_devices} device(s)", flush=True)
+    print(f"{given.source} -> {given.target}, split over {num_devices} device(s)", flush=True)
 
     mesh = make_mesh(data=1, fsdp=num_devices) if num_devices > 1 else None
     start = last_print = time.monotonic()
-    for done, name in enumerate(convert_folder(_SOURCE.value, _TARGET.value, mesh), start=1):
+    for done, name in enumerate(convert_folder(given.source, given.target, mesh), start=1):
         now = time.monotonic()
         if now - last_print > 5 or done == num_tensors:
             rate = done / (now - start)
@@ -40,8 +38,14 @@ def main(_) -> None:
                 flush=True,
             )
             last_print = now
-    print(f"wrote {num_tensors} tensors in {time.monotonic() - start:.0f} s: Orbax checkpoint in {_TARGET.value}")
+    print(f"wrote {num_tensors} tensors in {time.monotonic() - start:.0f} s: Orbax checkpoint in {given.target}")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "Hugging Face folder with safetensors", required=True)
+    flags.DEFINE_string("target", None, "folder to write", required=True)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -191,16 +191,17 @@ def plot(results: Mapping[str, list[dict]], path: Path) -> None:
 
 
 def main(_) -> None:
-    start, out = time.monotonic(), Path(_OUT.value)
-    seeds = [int(seed) for seed in _SEEDS.value]
-    if not _FROM_SCRATCH.value and seeds != [CARRIED_SEED]:
+    given, start = flags.FLAGS, time.monotonic()
+    out = Path(given.out)
+    seeds = [int(seed) for seed in given.seeds]
+    if not given.from_scratch and seeds != [CARRIED_SEED]:
         raise ValueError(
-            f"--seeds={','.join(_SEEDS.value)}: the carried base knows world {CARRIED_SEED} only; add --from_scratch."
+            f"--seeds={','.join(given.seeds)}: the carried base knows world {CARRIED_SEED} only; add --from_scratch."
         )
     results: dict[str, list[dict]] = {"attacks": [], "capability": [], "early_rejection": []}
     for seed in seeds:
         folder = out / f"seed{seed}"
-        models = prepare(seed, folder, _FROM_SCRATCH.value)
+        models = prepare(seed, folder, given.from_scratch)
         for section, rows in measure(seed, folder, models).items():
             results[section] += rows
     text = table(results)
@@ -211,7 +212,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", "demo_out", "folder to write")
-    _SEEDS = flags.DEFINE_list("seeds", [str(CARRIED_SEED)], "worlds")
-    _FROM_SCRATCH = flags.DEFINE_bool("from_scratch", False, "train the base of each world too")
+    flags.DEFINE_string("out", "demo_out", "folder to write")
+    flags.DEFINE_list("seeds", [str(CARRIED_SEED)], "worlds")
+    flags.DEFINE_bool("from_scratch", False, "train the base of each world too")
     app.run(main)

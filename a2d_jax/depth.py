@@ -361,8 +361,7 @@ def named_folders(entries: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     given = flags.FLAGS
     run(

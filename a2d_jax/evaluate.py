@@ -216,7 +216,7 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
     rows = read_prompts(config.prompts)[: config.limit]
     files = hf_folder(config.checkpoint)
     model_config = load_config(files)
-    tokenizer, family = load_tokenizer(files, requires_mask=not model_config.is_causal), model_config.family
+    tokenizer, family = load_tokenizer(files), model_config.family
     settings = dataclasses.replace(config.attack_settings, gen_length=sampler.gen_length)
     inputs = build_inputs(rows, config.attack, tokenizer, settings)
     groups = plan_groups(inputs, sampler, config.buckets, family, tokenizer.mask_id)
@@ -307,16 +307,12 @@ def numbers_of_flag(flag: str) -> tuple[int, ...]:
 def config_from_flags(attack: str, expect: str | None = None) -> EvaluationConfig:
     """The evaluation that the flags of `define_flags` describe."""
     given = flags.FLAGS
-    if given.ban_eot and given.eot_id is None:
-        files = hf_folder(given.checkpoint)
-        given.eot_id = load_tokenizer(files, requires_mask=False).eot_id
-    sampler = sampler_config_from_flags()
     names = [field.name for field in dataclasses.fields(AttackSettings)]
     names_of_config = ("checkpoint", "prompts", "out", "adapter", "judge", "limit", "batch_size", "seed", "dtype")
     return EvaluationConfig(
         attack=attack,
         expect=expect,
-        sampler=sampler,
+        sampler=sampler_config_from_flags(given.checkpoint),
         attack_settings=AttackSettings(**{name: given[name].value for name in names}),
         judge_settings=dataclasses.replace(judge_settings_from_flags(), mesh=given.mesh),
         buckets=numbers_of_flag("buckets"),
@@ -325,8 +321,7 @@ def config_from_flags(attack: str, expect: str | None = None) -> EvaluationConfi
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     run(config_from_flags(flags.FLAGS.attack, flags.FLAGS.expect))
 

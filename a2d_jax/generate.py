@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from a2d_jax.config import load_config
 from a2d_jax.folders import hf_folder
 from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.pretrained import load_pretrained
@@ -29,39 +28,28 @@ from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import has_mask_runs, load_tokenizer
 from a2d_jax.trace import render_page, trace_record
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "a request, or a text with <mask:N>", required=True)
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
-_CHAT_TEMPLATE = flags.DEFINE_bool("chat_template", False, "put a text with <mask:N> into a user turn")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-_MESH = define_mesh_flag()
-_SEED = flags.DEFINE_integer("seed", 0, "of temperature and random order")
-_JSON = flags.DEFINE_bool("json", False, "print one JSON object a prompt")
-_TRACE = flags.DEFINE_string("trace", None, "HTML file to write, a replay of the decoding")
-define_sampler_flags()
-
 
 def main(_) -> None:
+    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    config, key = sampler_config_from_flags(), jax.random.key(_SEED.value)
-    are_templates = {has_mask_runs(prompt) for prompt in _PROMPT.value}
+    config, key = sampler_config_from_flags(given.checkpoint), jax.random.key(given.seed)
+    are_templates = {has_mask_runs(prompt) for prompt in given.prompt}
     if len(are_templates) > 1:
         raise ValueError("some prompts hold <mask:N> and some do not; run the program once for each kind.")
-    files = hf_folder(_CHECKPOINT.value)
-    tokenizer = load_tokenizer(files, requires_mask=not load_config(files).is_causal)
-    mesh = make_mesh(*_MESH.value) if _MESH.value else None
-    model = load_pretrained(_CHECKPOINT.value, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
+    tokenizer = load_tokenizer(hf_folder(given.checkpoint))
+    mesh = make_mesh(*given.mesh) if given.mesh else None
+    model = load_pretrained(given.checkpoint, mesh, jnp.dtype(given.dtype), given.adapter)
 
-    has_trace = _TRACE.value is not None
+    has_trace = given.trace is not None
     if are_templates == {True}:
-        encode = tokenizer.encode_prompt if _CHAT_TEMPLATE.value else tokenizer.encode_template
-        given = [encode(prompt) for prompt in _PROMPT.value]
-        tokens, attention_mask = pad_left(given, tokenizer.pad_id)
+        encode = tokenizer.encode_prompt if given.chat_template else tokenizer.encode_template
+        inputs = [encode(prompt) for prompt in given.prompt]
+        tokens, attention_mask = pad_left(inputs, tokenizer.pad_id)
         result = infill(model, tokens, config, key, attention_mask=attention_mask, trace=has_trace)
         starts = np.argmax(attention_mask, axis=1)
     else:
-        prompts = [tokenizer.encode_prompt(prompt) for prompt in _PROMPT.value]
-        given = [prompt + [tokenizer.mask_id] * config.gen_length for prompt in prompts]
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in given.prompt]
+        inputs = [prompt + [tokenizer.mask_id] * config.gen_length for prompt in prompts]
         result = generate(model, prompts, config, key, trace=has_trace)
         starts = np.full(len(prompts), result.tokens.shape[1] - config.gen_length)
 
@@ -70,13 +58,13 @@ def main(_) -> None:
         for tokens, start in zip(np.asarray(result.tokens), starts, strict=True)
     ]
     if has_trace:
-        rows = enumerate(zip(_PROMPT.value, texts, given, strict=True))
+        rows = enumerate(zip(given.prompt, texts, inputs, strict=True))
         records = [trace_record(tokenizer, *texts_of_row, result, row, config) for row, texts_of_row in rows]
-        Path(_TRACE.value).write_text(render_page(records), encoding="utf-8")
+        Path(given.trace).write_text(render_page(records), encoding="utf-8")
     for prompt, text, num_forward, is_rejected, eos_prob in zip(
-        _PROMPT.value, texts, result.num_forward, result.is_rejected, result.eos_prob, strict=True
+        given.prompt, texts, result.num_forward, result.is_rejected, result.eos_prob, strict=True
     ):
-        if _JSON.value:
+        if given.json:
             record = {"prompt": prompt, "text": text, "num_forward": int(num_forward), "is_rejected": bool(is_rejected)}
             print(json.dumps(record | {"eos_prob_first": float(eos_prob[0])}, ensure_ascii=False))
         else:
@@ -84,5 +72,19 @@ def main(_) -> None:
             print(f"  ({int(num_forward)} forward passes, P([EOS]) at the first step {float(eos_prob[0]):.3f})\n")
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+    flags.DEFINE_multi_string("prompt", None, "a request, or a text with <mask:N>", required=True)
+    flags.DEFINE_string("adapter", None, "PEFT folder to attach")
+    flags.DEFINE_bool("chat_template", False, "put a text with <mask:N> into a user turn")
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
+    define_mesh_flag()
+    flags.DEFINE_integer("seed", 0, "of temperature and random order")
+    flags.DEFINE_bool("json", False, "print one JSON object a prompt")
+    flags.DEFINE_string("trace", None, "HTML file to write, a replay of the decoding")
+    define_sampler_flags()
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

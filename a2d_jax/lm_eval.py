@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from a2d_jax.batching import buckets_up_to, generate_many
 from a2d_jax.config import load_config
@@ -138,9 +139,9 @@ class A2DLM(LM):
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         results = []
-        for request in requests:
+        for request in tqdm(requests, "likelihoods", disable=disable_tqdm):
             context, continuation = request.args
             prompt, answer = self._encode_pair(context, continuation)
             prompt = self._fit(prompt, len(answer))
@@ -149,9 +150,9 @@ class A2DLM(LM):
             results.append(result)
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         results = []
-        for request in requests:
+        for request in tqdm(requests, "texts", disable=disable_tqdm):
             (text,) = request.args
             tokenizer = self._tokenizer
             prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -205,24 +206,31 @@ class A2DLM(LM):
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         groups: dict[SamplerConfig, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(self._config(request.args[1]), []).append(index)
         texts = [""] * len(requests)
+        progress = tqdm(desc="answers", total=len(requests), disable=disable_tqdm)
         for config, indices in groups.items():
             self._note(config)
             prompts = [self._fit(self._tokenizer.encode(requests[i].args[0]), config.gen_length) for i in indices]
-            for index, tokens, is_rejected in zip(indices, *self._generate(prompts, config), strict=True):
+            answers = self._generate(prompts, config, progress.update)
+            for index, tokens, is_rejected in zip(indices, *answers, strict=True):
                 texts[index] = "" if is_rejected else self._text(tokens, requests[index].args[1].get("until"))
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+        progress.close()
         return texts
 
-    def _generate(self, prompts: list[list[int]], config: SamplerConfig) -> tuple[list[np.ndarray], list[bool]]:
+    def _generate(
+        self, prompts: list[list[int]], config: SamplerConfig, report: Callable[[int], Any]
+    ) -> tuple[list[np.ndarray], list[bool]]:
         """The responses' tokens, and whether the monitor stopped them. Equal prompts get equal answers."""
         key = jax.random.key(self._seed) if config.needs_key else None
         buckets = buckets_up_to(self._max_length)
-        results = generate_many(self._model, prompts, config, key, batch_size=self._batch_size, buckets=buckets)
+        results = generate_many(
+            self._model, prompts, config, key, batch_size=self._batch_size, buckets=buckets, report=report
+        )
         tokens = [np.asarray(result.tokens)[-config.gen_length :] for result in results]
         return tokens, [bool(result.is_rejected) for result in results]
 

@@ -87,8 +87,7 @@ def prepare(files: Sequence[str | os.PathLike], data_dir: str | os.PathLike) -> 
     return Path(builder.data_dir)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     folder = prepare(flags.FLAGS.files, flags.FLAGS.data_dir)
     print(f"{len(read_rows(folder).rows)} rows in {folder}")
 

@@ -1,12 +1,15 @@
 """Command-line flags for every field of `SamplerConfig`, shared by the programs that decode."""
 
 import dataclasses
+import os
 import typing
 
 from absl import flags
 
+from a2d_jax.folders import hf_folder
 from a2d_jax.monitor import MONITORS
 from a2d_jax.sampler_config import SamplerConfig
+from a2d_jax.tokenizer import load_tokenizer
 
 flags.disclaim_key_flags()  # --help shows them among those of the program that defines them
 
@@ -29,10 +32,10 @@ _HELP = {
     "eps": "last point of Dream's time grid",
     "method": "llada or dream rules; default: by the model and the order",
     "ban_eos": "never choose [EOS]",
-    "ban_eot": "never choose the end of turn; needs --eot_id",
+    "ban_eot": "never choose the end of turn",
     "logits_eos_inf": "remove [EOS] from choice and confidence",
-    "confidence_eos_eot_inf": "reveal [EOS] and end of turn last; needs --eot_id",
-    "eot_id": "end-of-turn id",
+    "confidence_eos_eot_inf": "reveal [EOS] and end of turn last",
+    "eot_id": "end-of-turn id; default: the tokenizer's",
     "count_prompt_masks": "masks in the prompt get a share of the steps",
 }
 
@@ -58,9 +61,12 @@ def define_sampler_flags(**defaults) -> None:
     )
 
 
-def sampler_config_from_flags() -> SamplerConfig:
+def sampler_config_from_flags(checkpoint: str | os.PathLike | None = None) -> SamplerConfig:
+    """The settings that the flags give; where they need the end of turn, the tokenizer of `checkpoint` names it."""
     names = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "monitor"]
     settings = {name: flags.FLAGS[name].value for name in names}
+    if settings["eot_id"] is None and (settings["ban_eot"] or settings["confidence_eos_eot_inf"]) and checkpoint:
+        settings["eot_id"] = load_tokenizer(hf_folder(checkpoint)).eot_id
     name = flags.FLAGS.monitor
     if name != "first_step":
         threshold = settings.pop("reject_above")

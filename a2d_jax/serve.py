@@ -29,23 +29,6 @@ from a2d_jax.serving.metrics import Metrics
 from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
-_MESH = define_mesh_flag()
-_MODEL_NAME = flags.DEFINE_string("model_name", None, "name that clients ask for; default: that of the folder")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
-_PORT = flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "requests decoded together", lower_bound=1)
-_MAX_QUEUE = flags.DEFINE_integer("max_queue", 64, "requests that may wait; more get 429", lower_bound=1)
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "tokens of prompt and answer; default: what the model takes")
-_MAX_BODY = flags.DEFINE_integer("max_body_bytes", 1 << 20, "of a request", lower_bound=1)
-_TIMEOUT = flags.DEFINE_float("timeout", 300.0, "seconds for a request, waiting included")
-_GRACE = flags.DEFINE_float("grace", 10.0, "seconds that running answers get after SIGTERM")
-_TEMPERATURES = flags.DEFINE_list("temperatures", [], "that clients may ask for besides --temperature; each compiles")
-_ALLOW_MASKS = flags.DEFINE_bool("allow_mask_tokens", False, "fill masks in messages, for studies of attacks")
-define_sampler_flags()
-
 
 class Server(uvicorn.Server):
     """uvicorn's server; a signal reaches the engine before the connections are waited for."""
@@ -71,39 +54,60 @@ def length_limit(own: int | None, asked: int | None) -> int:
 
 
 def main(_) -> None:
-    sampler = sampler_config_from_flags()
-    checkpoint = Path(_CHECKPOINT.value)
+    given = flags.FLAGS
+    sampler = sampler_config_from_flags(given.checkpoint)
+    checkpoint = Path(given.checkpoint)
     tokenizer = load_tokenizer(hf_folder(checkpoint))
-    max_length = length_limit(load_config(hf_folder(checkpoint)).max_length, _MAX_LENGTH.value)
+    max_length = length_limit(load_config(hf_folder(checkpoint)).max_length, given.max_length)
     if sampler.gen_length >= max_length:
         raise ValueError(f"--gen_length={sampler.gen_length} leaves no room for a prompt in {max_length} tokens.")
     limits = Limits(
-        temperatures=(sampler.temperature, *map(float, _TEMPERATURES.value)),
-        timeout=_TIMEOUT.value,
-        max_body_bytes=_MAX_BODY.value,
-        allow_mask_tokens=_ALLOW_MASKS.value,
+        temperatures=(sampler.temperature, *map(float, given.temperatures)),
+        timeout=given.timeout,
+        max_body_bytes=given.max_body_bytes,
+        allow_mask_tokens=given.allow_mask_tokens,
     )
-    mesh = make_mesh(*_MESH.value) if _MESH.value else None
-    model = load_pretrained(checkpoint, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
+    mesh = make_mesh(*given.mesh) if given.mesh else None
+    model = load_pretrained(checkpoint, mesh, jnp.dtype(given.dtype), given.adapter)
     metrics = Metrics()
     engine = Engine(
         model, tokenizer, sampler, metrics,
-        batch_size=_BATCH_SIZE.value, max_queue=_MAX_QUEUE.value, max_length=max_length,
+        batch_size=given.batch_size, max_queue=given.max_queue, max_length=max_length,
     )  # fmt: skip
-    name = _MODEL_NAME.value or checkpoint.resolve().name
+    name = given.model_name or checkpoint.resolve().name
     service = Service(engine, tokenizer, metrics, name, limits)
     config = uvicorn.Config(
-        service.app(), host=_HOST.value, port=_PORT.value, log_level="info", access_log=False, lifespan="off",
-        timeout_graceful_shutdown=int(_GRACE.value) + 5,
+        service.app(), host=given.host, port=given.port, log_level="info", access_log=False, lifespan="off",
+        timeout_graceful_shutdown=int(given.grace) + 5,
     )  # fmt: skip
-    logging.info("model %s, %d tokens a request, %d rows, %s", name, max_length, _BATCH_SIZE.value, sampler)
+    logging.info("model %s, %d tokens a request, %d rows, %s", name, max_length, given.batch_size, sampler)
     engine.start()
     try:
-        Server(config, engine, _GRACE.value).run()
+        Server(config, engine, given.grace).run()
     finally:
         engine.stop()
         engine.join(30)
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+    flags.DEFINE_string("adapter", None, "PEFT folder to attach")
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of weights and activations")
+    define_mesh_flag()
+    flags.DEFINE_string("model_name", None, "name that clients ask for; default: that of the folder")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one")
+    flags.DEFINE_integer("batch_size", 8, "requests decoded together", lower_bound=1)
+    flags.DEFINE_integer("max_queue", 64, "requests that may wait; more get 429", lower_bound=1)
+    flags.DEFINE_integer("max_length", None, "tokens of prompt and answer; default: what the model takes")
+    flags.DEFINE_integer("max_body_bytes", 1 << 20, "of a request", lower_bound=1)
+    flags.DEFINE_float("timeout", 300.0, "seconds for a request, waiting included")
+    flags.DEFINE_float("grace", 10.0, "seconds that running answers get after SIGTERM")
+    flags.DEFINE_list("temperatures", [], "that clients may ask for besides --temperature; each compiles")
+    flags.DEFINE_bool("allow_mask_tokens", False, "fill masks in messages, for studies of attacks")
+    define_sampler_flags()
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

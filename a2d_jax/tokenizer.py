@@ -164,7 +164,7 @@ class Tokenizer:
             raise ValueError(f"the chat template renders no user turn with its answer ({error}); correct it") from error
 
 
-def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tokenizer:
+def load_tokenizer(folder: str | os.PathLike, requires_mask: bool | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     If the folder holds a config.json, the ids are checked against it: every id must have an embedding row, and the
@@ -172,7 +172,8 @@ def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tok
 
     Args:
       folder: a Hugging Face folder; a tokenizer alone (without config.json) will do.
-      requires_mask: False accepts a model without a mask token (LLaMA and the like).
+      requires_mask: whether to refuse a tokenizer without a mask token; default: unless config.json is of a causal
+        model (LLaMA and the like).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -181,6 +182,8 @@ def load_tokenizer(folder: str | os.PathLike, requires_mask: bool = True) -> Tok
     hf = _build(folder, settings)
     config = load_config(folder) if (folder / "config.json").is_file() else None
     tokenizer = _with_special_ids(hf, config, folder)
+    if requires_mask is None:
+        requires_mask = config is None or not config.is_causal
     if requires_mask and tokenizer.mask_id is None:
         raise ValueError(
             f"{folder}: no mask token; a masked-diffusion model names it as mask_token_id in config.json or as "

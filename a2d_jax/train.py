@@ -116,7 +116,7 @@ def train(
     # Data, and the model as shapes
     # ------------------------------------------------------------------------------------------------------------------
     model_config = load_config(base)
-    tokenizer = load_tokenizer(base, requires_mask=not model_config.is_causal)
+    tokenizer = load_tokenizer(base)
     refusal_id = refusal_token.choose(run.refusal_token, tokenizer, model_config)
     check_mesh(run, model_config, mesh)
     dtypes = run.dtypes.resolve()

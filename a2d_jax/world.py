@@ -351,8 +351,7 @@ def write_world(seed: int, folder: str | Path) -> World:
     return world
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     seed, folder = flags.FLAGS.seed, Path(flags.FLAGS.out)
     world = write_world(seed, folder)
     print(

@@ -106,7 +106,7 @@ def prose(out: Path) -> tuple[Path, Path]:
 
 
 def evaluation_tokens(smollm2: str, text: Path) -> np.ndarray:
-    tokenizer = load_tokenizer(smollm2, requires_mask=False)
+    tokenizer = load_tokenizer(smollm2)
     return np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
         raise ValueError(f"no file {path!r} to calibrate on; give a text (--text) or a .npy of ids (--tokens).")
     if config.tokens:
         return token_windows(path, model.vocab_size, config.context_length, config.num_windows, model.max_length)
-    tokenizer = load_tokenizer(hf_folder(config.checkpoint), requires_mask=model.family in DIFFUSION_FAMILIES)
+    tokenizer = load_tokenizer(hf_folder(config.checkpoint))
     if config.rows:
         return row_windows(config.rows, tokenizer, config.context_length, config.num_windows, model.max_length)
     return text_windows(path, tokenizer, config.context_length, config.num_windows, model.max_length)
@@ -332,8 +332,7 @@ def define_flags() -> None:
     define_host_flags()
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     initialize_from_flags()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(CalibrateConfig)}

@@ -25,42 +25,26 @@ from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.perplexity import Perplexity, perplexity
 from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, default_context_length
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of any kind that loads")
-_TEXT = flags.DEFINE_string("text", None, "UTF-8 text file")
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to attach")
-_CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length",
-    None,
-    f"tokens of a window; default: {DEFAULT_CONTEXT_LENGTH}, at most what the model takes and the text has",
-    lower_bound=2,
-)
-_MAX_WINDOWS = flags.DEFINE_integer("max_windows", None, "only the first so many windows", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "windows, or masked copies of one, read together", lower_bound=1)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 32, "masked copies of a window (LLaDA, Dream)", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the masks (LLaDA, Dream)")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
-_MESH = define_mesh_flag()
-_OUT = flags.DEFINE_string("out", None, "JSON file to write")
-
 
 def main(_) -> None:
+    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    out = local_path(_OUT.value) if _OUT.value else None
-    files, text = hf_folder(_CHECKPOINT.value), Path(_TEXT.value)
+    out = local_path(given.out) if given.out else None
+    files, text = hf_folder(given.checkpoint), Path(given.text)
     if not text.is_file():
         raise ValueError(f"--text={text} is no file; give a UTF-8 text.")
     config = load_config(files)
     is_bound = config.family in DIFFUSION_FAMILIES
-    tokens = load_tokenizer(files, requires_mask=is_bound).encode(text.read_text(encoding="utf-8"))
-    context_length = _CONTEXT_LENGTH.value or default_context_length(config.max_length, len(tokens))
-    num_windows = min(len(tokens) // context_length, _MAX_WINDOWS.value or len(tokens))
-    print(f"model {_CHECKPOINT.value} ({config.family}, {_DTYPE.value}), adapter {_ADAPTER.value}")
+    tokens = load_tokenizer(files).encode(text.read_text(encoding="utf-8"))
+    context_length = given.context_length or default_context_length(config.max_length, len(tokens))
+    num_windows = min(len(tokens) // context_length, given.max_windows or len(tokens))
+    print(f"model {given.checkpoint} ({config.family}, {given.dtype}), adapter {given.adapter}")
     print(f"text {text}: {len(tokens)} tokens, {num_windows} windows of {context_length}", flush=True)
     if is_bound:
-        print(f"Monte Carlo bound, {_NUM_SAMPLES.value} masked copies of each window, seed {_SEED.value}", flush=True)
+        print(f"Monte Carlo bound, {given.num_samples} masked copies of each window, seed {given.seed}", flush=True)
 
-    mesh = make_mesh(*_MESH.value) if _MESH.value else None
-    model = load_pretrained(_CHECKPOINT.value, mesh, jnp.dtype(_DTYPE.value), _ADAPTER.value)
+    mesh = make_mesh(*given.mesh) if given.mesh else None
+    model = load_pretrained(given.checkpoint, mesh, jnp.dtype(given.dtype), given.adapter)
     start = time.monotonic()
 
     def report(state: Perplexity) -> None:
@@ -71,17 +55,17 @@ def main(_) -> None:
             flush=True,
         )
 
-    settings = {"context_length": context_length, "max_windows": _MAX_WINDOWS.value}
-    of_bound = {"num_samples": _NUM_SAMPLES.value, "seed": _SEED.value}
-    result = perplexity(model, tokens, batch_size=_BATCH_SIZE.value, report=report, **settings, **of_bound)
+    settings = {"context_length": context_length, "max_windows": given.max_windows}
+    of_bound = {"num_samples": given.num_samples, "seed": given.seed}
+    result = perplexity(model, tokens, batch_size=given.batch_size, report=report, **settings, **of_bound)
     if out is not None:
         record = {
-            "checkpoint": _CHECKPOINT.value,
-            "adapter": _ADAPTER.value,
+            "checkpoint": given.checkpoint,
+            "adapter": given.adapter,
             "text": str(text),
             **settings,
             **(of_bound if is_bound else {}),
-            "dtype": _DTYPE.value,
+            "dtype": given.dtype,
             "is_bound": is_bound,
             "perplexity": result.perplexity,
             "nll": result.nll,
@@ -96,6 +80,25 @@ def main(_) -> None:
     print(f"perplexity {result.perplexity:.4f}{bound} over {result.num_tokens} tokens{wrote}")
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of any kind that loads", required=True)
+    flags.DEFINE_string("text", None, "UTF-8 text file", required=True)
+    flags.DEFINE_string("adapter", None, "PEFT folder to attach")
+    flags.DEFINE_integer(
+        "context_length",
+        None,
+        f"tokens of a window; default: {DEFAULT_CONTEXT_LENGTH}, at most what the model takes and the text has",
+        lower_bound=2,
+    )
+    flags.DEFINE_integer("max_windows", None, "only the first so many windows", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 1, "windows, or masked copies of one, read together", lower_bound=1)
+    flags.DEFINE_integer("num_samples", 32, "masked copies of a window (LLaDA, Dream)", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the masks (LLaDA, Dream)")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
+    define_mesh_flag()
+    flags.DEFINE_string("out", None, "JSON file to write")
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "text"])
+    define_flags()
     app.run(main)

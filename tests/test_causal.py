@@ -215,7 +215,7 @@ def test_settings_must_suit_the_models_kind(folder, settings, message):
 def test_the_worlds_causal_model_has_the_masked_ones_ids_and_no_mask(tmp_path):
     write_models(build_tokenizer(WORDS), tmp_path)
     masked = load_tokenizer(tmp_path / "model")
-    causal = load_tokenizer(tmp_path / "model_causal", requires_mask=False)
+    causal = load_tokenizer(tmp_path / "model_causal")
     assert causal.mask_id is None and masked.mask_id is not None
     assert (causal.eos_id, causal.eot_id, causal.bos_id) == (masked.eos_id, masked.eot_id, masked.bos_id)
     assert causal.encode_prompt("make the cake") == masked.encode_prompt("make the cake")

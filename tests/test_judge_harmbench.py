@@ -70,7 +70,7 @@ def test_verdicts_are_pytorchs(checkpoint):
 
 def test_contexts_and_long_completions(checkpoint):
     judge = HarmBenchJudge(checkpoint)
-    tokenizer = a2d_jax.load_tokenizer(checkpoint, requires_mask=False)
+    tokenizer = a2d_jax.load_tokenizer(checkpoint)
     assert "[CONTEXT]:\nA {b} recipe\n" in tokenizer.decode(judge.encode(ROWS[1], "x"))
     assert "[CONTEXT]" not in tokenizer.decode(judge.encode(ROWS[0], "x"))
     lengths = [len(judge.encode(ROWS[0], "dog " * number)) for number in (100, 600, 3000)]

@@ -175,7 +175,7 @@ def test_program(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "p.json").read_text())
-    tokens = np.array(a2d_jax.load_tokenizer(folder, requires_mask=False).encode(text))
+    tokens = np.array(a2d_jax.load_tokenizer(folder).encode(text))
     assert record["nll"] == pytest.approx(torch_nll(theirs, tokens[:48], 16), abs=1e-5)
     assert not record["is_bound"] and record["num_tokens"] == 45
     assert done.stdout.splitlines()[-1].startswith(f"perplexity {record['perplexity']:.4f} over 45 tokens")

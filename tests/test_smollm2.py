@@ -113,13 +113,13 @@ def test_config(made):
 @pytest.mark.parametrize("text", [*SENTENCES, "In 1984, 12345 <|im_end|>\n\n\tand  don't"])
 def test_tokenizer(made, text):
     _, folder, trained = made
-    tokenizer = a2d_jax.load_tokenizer(folder, requires_mask=False)
+    tokenizer = a2d_jax.load_tokenizer(folder)
     assert tokenizer.encode(text) == trained.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_chat_template(made):
-    tokenizer = a2d_jax.load_tokenizer(made[1], requires_mask=False)
+    tokenizer = a2d_jax.load_tokenizer(made[1])
     assert tokenizer.render_prompt("Hello").endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eot_id == 2
 

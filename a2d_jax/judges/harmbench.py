@@ -119,7 +119,7 @@ class HarmBenchJudge:
         files = hf_folder(checkpoint)
         if not load_config(files).is_causal:
             raise ValueError(f"{os.fspath(checkpoint)} holds no causal model; give cais/HarmBench-Llama-2-13b-cls")
-        self._tokenizer = load_tokenizer(files, requires_mask=False)
+        self._tokenizer = load_tokenizer(files)
         self._yes, self._no = answer_ids(self._tokenizer, "yes"), answer_ids(self._tokenizer, "no")
         self._checkpoint, self._dtype, self._mesh = checkpoint, dtype, mesh
         self._batch_size, self._buckets = batch_size, tuple(buckets)
