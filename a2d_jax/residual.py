@@ -26,9 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a2d_jax.data import EncodedRows
-from a2d_jax.tokenizer import Tokenizer
-
 TARGETS = ("uniform", "tokens", "marginal", "base")
 
 
@@ -87,37 +84,3 @@ def base_target(base_logits: jax.Array, harmful_tokens: jax.Array, is_kept: jax.
     """The base's distribution over the kept tokens without the harmful one: (..., V), (...), (V,) -> (..., V)."""
     is_harmful = jnp.arange(base_logits.shape[-1]) == harmful_tokens[..., None]
     return jax.nn.softmax(jnp.where(is_kept & ~is_harmful, base_logits.astype(jnp.float32), -jnp.inf), axis=-1)
-
-
-# -- the constant targets ---------------------------------------------------------------------------------------------
-
-
-def make_residual(
-    config: ResidualConfig, tokenizer: Tokenizer, rows: EncodedRows, vocab_size: int, refusal_id: int
-) -> Residual:
-    """The term for a tokenizer and training rows; ValueError where its target would hold no token."""
-    is_kept = kept_tokens(vocab_size, (refusal_id, tokenizer.mask_id))
-    if config.target == "base":
-        return Residual(config, None)
-    if config.target == "uniform":
-        mass = np.ones(vocab_size)
-    elif config.target == "tokens":
-        mass = np.zeros(vocab_size)
-        ids = tokenizer.encode(config.text) if config.text else [tokenizer.eot_id]
-        mass[[token for token in ids if token is not None]] = 1
-    else:
-        mass = retain_counts(rows, vocab_size)
-    mass = np.where(is_kept, mass, 0)
-    if not mass.any():
-        raise ValueError(
-            f"residual.target={config.target!r} holds no token beside the refusal token {refusal_id} and [MASK]; give "
-            "residual.text other words, or add retain rows."
-        )
-    return Residual(config, (mass / mass.sum()).astype(np.float32))
-
-
-def retain_counts(rows: EncodedRows, vocab_size: int) -> np.ndarray:
-    """How often each token occurs in the responses of retain rows, documents included: (V,)."""
-    start, end = rows.offsets[:-1] + rows.prompt_lengths, rows.offsets[1:]
-    responses = [rows.tokens[first:last] for first, last in zip(start[rows.is_safe], end[rows.is_safe], strict=True)]
-    return np.bincount(np.concatenate([*responses, np.zeros(0, np.int32)]), minlength=vocab_size)

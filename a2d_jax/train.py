@@ -67,7 +67,7 @@ from a2d_jax.orbax_io import copy_companions
 from a2d_jax.pretrained import abstract_base, load_base
 from a2d_jax.progress import clock
 from a2d_jax.reference import with_reference
-from a2d_jax.residual import make_residual
+from a2d_jax.residual_targets import make_residual
 from a2d_jax.settings import RunConfig, check_resumable
 from a2d_jax.sharding import batch_sharding, make_mesh
 from a2d_jax.throughput import StepTrace, memory_in_use, train_flops, utilization

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from a2d_jax import decoding
 from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh
+from a2d_jax.checkpoint import abstract_arrays
 from a2d_jax.hf_io import abstract_model
 from a2d_jax.models.naming import projections, tensor_names
 from a2d_jax.residual import Residual
@@ -52,14 +53,9 @@ def _mesh(config: Mapping[str, Any], devices) -> Mesh:
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
 
 
-def _placed(shapes, shardings):
-    """Shapes that know where they lie."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
 def _placed_state(model: nnx.Module, mesh: Mesh):
     graphdef, state = nnx.split(model)
-    return graphdef, _placed(state, param_shardings(state, mesh))
+    return graphdef, abstract_arrays(state, param_shardings(state, mesh))
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -217,7 +217,7 @@ def _model_input(config: ModelConfig, seed: int, number, tokens: jax.Array, is_r
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(config: CalibrateConfig, is_dry: bool = False) -> bool:
+def run(config: CalibrateConfig, is_dry_run: bool = False) -> bool:
     """Calibrates what is not calibrated yet.
 
     Returns:
@@ -261,7 +261,7 @@ def run(config: CalibrateConfig, is_dry: bool = False) -> bool:
         f"{group_bytes / 2**30:.2f} GiB, over {mesh.size if mesh else 1} device(s); {len(groups) - len(todo)} done\n"
         f"writes {out}"
     )
-    if is_complete or is_dry:
+    if is_complete or is_dry_run:
         unknown = "" if settings["stored_weights"] else "; the weights of the checkpoint were not compared"
         say(f"{out} is complete already{unknown}" if is_complete else "dry run: nothing done")
         return bool(is_complete)

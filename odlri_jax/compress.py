@@ -253,7 +253,7 @@ def open_copy(checkpoint: Path, copy: Path) -> SafetensorsFolder:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
+def run(config: CompressConfig, is_dry_run: bool = False) -> dict[str, Any] | None:
     """Decomposes what is not decomposed yet, completes the folder and returns its report."""
     out, begin = local_path(config.out), time.monotonic()
     check_checkpoint(config)
@@ -294,7 +294,7 @@ def run(config: CompressConfig, is_dry: bool = False) -> dict[str, Any] | None:
         + f"writes {out}",
         flush=True,
     )
-    if is_dry:
+    if is_dry_run:
         print("dry run: nothing done")
         return None
     if is_complete:

@@ -153,11 +153,14 @@ def _apply(
     """(Q + L R) x in the basis and the units of W, float32."""
     matmul = functools.partial(jnp.matmul, precision=dtypes.precision, preferred_element_type=jnp.float32)
     cast = lambda values: values.astype(dtypes.compute)  # noqa: E731
-    inputs = {False: cast(x)}  # by whether they are rotated
+    plain = rotated = cast(x)
     if config.rotates_factors:
         signs_out, signs_in = unpack_signs(arrays["signs_out"], shape[0]), unpack_signs(arrays["signs_in"], shape[1])
         # Rotations are float32: they are cheap beside the products, and bfloat16 would round after every stage.
-        inputs[True] = cast(hadamard.rotate(x.astype(jnp.float32) * signs_in))  # U_n S_U x
+        rotated = cast(hadamard.rotate(x.astype(jnp.float32) * signs_in))  # U_n S_U x
+
+    def rotate_back(y):
+        return hadamard.rotate(y, inverse=True) * signs_out  # S_V U_m^T y
 
     @jax.checkpoint  # Q is decoded again in the backward pass
     def times_q(x, arrays):
@@ -178,17 +181,14 @@ def _apply(
     left = factor("left")
     if config.factor_codebook is not None and config.published:
         left = left.T  # (m, r)
-    low_rank = matmul(inputs[config.rotates_factors], cast(factor("right")).T)  # (..., r)
+    low_rank = matmul(rotated, cast(factor("right")).T)  # (..., r)
     factors = cast(low_rank), cast(left)
     if is_for_tpu() and isinstance(config.codebook, LatticeCodebook) and jnp.dtype(dtypes.compute) == jnp.bfloat16:
         product = functools.partial(_kernel_product, codebook=config.codebook, axes=axes, plain=product)
-    outputs = {False: 0.0, True: 0.0}
     q_arrays = {name: array for name, array in arrays.items() if name.startswith("q_")}
-    is_one_basis = config.hadamard == config.rotates_factors
-    outputs[config.hadamard] += product(inputs[config.hadamard], q_arrays, factors if is_one_basis else None)
-    if not is_one_basis:
-        outputs[config.rotates_factors] += matmul(factors[0], factors[1].T)
-    y = outputs[False]
-    if config.rotates_factors:
-        y = y + hadamard.rotate(outputs[True], inverse=True) * signs_out  # S_V U_m^T
+    if config.hadamard == config.rotates_factors:  # Q and L R in one basis
+        y = product(rotated, q_arrays, factors)
+        y = rotate_back(y) if config.hadamard else y
+    else:  # L R alone is rotated
+        y = product(plain, q_arrays, None) + rotate_back(matmul(factors[0], factors[1].T))
     return y * arrays["weight_scale"]

@@ -381,7 +381,7 @@ def test_sigterm_ends_the_run_between_batches_and_keeps_finished_groups(
     assert not run(settings)  # returns
     assert len(asked) == 3 and "stopped by SIGTERM" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["layer_000.safetensors", "unfinished.json"]
-    assert not run(settings, is_dry=True)
+    assert not run(settings, is_dry_run=True)
     capsys.readouterr()
     assert run(settings)
     assert "3 groups of up to 1 layers" in (text := capsys.readouterr().out) and "1 done" in text
@@ -494,7 +494,7 @@ def test_windows_fit_the_model_and_the_text(checkpoint, tmp_path, capsys, num_wo
     text = tmp_path / "text.txt"
     text.write_text(" ".join((WORDS * 25)[:num_words]))
     config = CalibrateConfig(str(checkpoint), str(tmp_path / "out"), text=str(text), context_length=context_length)
-    run(config, is_dry=True)
+    run(config, is_dry_run=True)
     assert message in capsys.readouterr().out
 
 

@@ -14,14 +14,8 @@ from a2d_jax import chunked_losses
 from a2d_jax.data import DataConfig, make_loader
 from a2d_jax.metrics import read_metrics
 from a2d_jax.objective import Objective
-from a2d_jax.residual import (
-    Residual,
-    ResidualConfig,
-    base_target,
-    kept_tokens,
-    make_residual,
-    residual_divergence,
-)
+from a2d_jax.residual import Residual, ResidualConfig, base_target, kept_tokens, residual_divergence
+from a2d_jax.residual_targets import make_residual
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.train import train

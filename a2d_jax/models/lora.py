@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from a2d_jax.config import ModelConfig
+from a2d_jax.config import CAUSAL_FAMILIES, ModelConfig
 from a2d_jax.models.naming import adapter_modules, projections
 from a2d_jax.sharding import logical_axes, partition_spec
 
 # The A2D paper adapts everything but the attention's output projection; the names follow each family's code.
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
     "llada": ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj", "ff_out"),
+    **dict.fromkeys(("dream", *CAUSAL_FAMILIES), _LLAMA_TARGETS),
 }
-_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # Dream and the causal families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LoRAConfig:
 
     def with_targets(self, config: ModelConfig) -> "LoRAConfig":
         """The same settings with the family's default targets filled in."""
-        return dataclasses.replace(self, targets=self.targets or DEFAULT_TARGETS.get(config.family, _LLAMA_TARGETS))
+        return dataclasses.replace(self, targets=self.targets or DEFAULT_TARGETS[config.family])
 
 
 def attach(linear: nnx.Module, lora: LoRAConfig, a: jax.Array, b: jax.Array) -> None:
