@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from a2d_jax.files import write_beside
+from a2d_jax.files import local_path, write_beside
 from a2d_jax.judges import is_refusal
 from a2d_jax.rows import Row, read_rows
 
@@ -77,11 +77,13 @@ def _with_category(row: dict, category: Mapping[str, bool] | None) -> dict:
 def main(_) -> None:
     given, refusals = flags.FLAGS, REFUSALS
     if given.refusals:
-        refusals = tuple(filter(None, map(str.strip, Path(given.refusals).read_text(encoding="utf-8").splitlines())))
+        refusals = tuple(
+            filter(None, map(str.strip, Path(given.refusals).read_text(encoding="utf-8-sig").splitlines()))
+        )
         if not refusals:
             raise ValueError(f"{given.refusals} is empty; write one refusal a line")
     files = baseline_rows((row for path in given.rows for row in read_rows(path).rows), refusals)
-    out = Path(given.out)
+    out = local_path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

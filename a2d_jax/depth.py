@@ -41,6 +41,7 @@ from flax import nnx
 from a2d_jax import orders
 from a2d_jax.batching import DEFAULT_BUCKETS
 from a2d_jax.files import local_path, write_json
+from a2d_jax.fingerprint import stored_weights
 from a2d_jax.folders import hf_folder
 from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
@@ -290,7 +291,7 @@ def run(config: DepthConfig) -> dict[str, Any]:
     unknown = [order for order in config.orders if order not in orders.ORDERS]
     if unknown or not config.orders:
         raise ValueError(f"orders {unknown or 'are none'}; choose from {orders.ORDERS}.")
-    tokenizer = load_tokenizer(hf_folder(config.base))
+    tokenizer = load_tokenizer(hf_folder(config.base), requires_mask=True)
     rows = [row for row in read_rows(config.rows).rows if not row.is_safe][: config.limit]
     texts = encode_texts(rows, tokenizer, config.max_response)
     num_tokens = sum(len(text.response) for text in texts)
@@ -306,7 +307,8 @@ def run(config: DepthConfig) -> dict[str, Any]:
     base, curves = None, {}
     for name, folder in config.aligned.items():
         settings = {
-            "base": config.base, "aligned": folder, "max_response": config.max_response, "seed": config.seed,
+            "base": config.base, "aligned": folder, "weights": [stored_weights(config.base), stored_weights(folder)],
+            "max_response": config.max_response, "seed": config.seed,
             "dtype": config.dtype,
             "texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         }  # fmt: skip

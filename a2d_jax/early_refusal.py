@@ -27,11 +27,16 @@ import numpy as np
 from absl import app, flags, logging
 
 from a2d_jax import evaluate
-from a2d_jax.attacks import read_prompts
+from a2d_jax.adaptive import FILLING
+from a2d_jax.attacks import build_inputs, read_prompts
 from a2d_jax.completions import read_completions
+from a2d_jax.config import load_config
 from a2d_jax.files import write_json
+from a2d_jax.folders import hf_folder
+from a2d_jax.judges import load_judge
 from a2d_jax.monitor import EosMonitor, calibrate
 from a2d_jax.scores import auc, is_harmless, mean, percent
+from a2d_jax.tokenizer import load_tokenizer
 
 HARMFUL = "zero_shot"  # what a monitor is to refuse, and what the attacks start from
 FURTHER_ATTACKS = ("prefilling", "dija", "fits")
@@ -99,13 +104,34 @@ class RefusalStudy:
         records = [record | {"eos_prob": completions[record["index"]]["eos_prob"]} for record in records]
         return [record for record in records if is_harmless(record)] if is_harmless_file else records
 
+    def files(self) -> tuple[str, ...]:
+        """The prompt files, attacks first; a causal model has no blanks to fill."""
+        is_causal = load_config(hf_folder(self.evaluation.checkpoint)).is_causal
+        further = [attack for attack in FURTHER_ATTACKS if not (is_causal and attack in FILLING)]
+        return (HARMFUL, *[attack for attack in further if self.prompts(attack).is_file()], *self.harmless)
+
+    def check(self) -> None:
+        """ValueError for what would end the study after hours: files, their sizes, judges, inputs."""
+        load_judge(self.answer_judge, self.evaluation.judge_settings)
+        load_judge(self.evaluation.judge, self.evaluation.judge_settings)
+        tokenizer = load_tokenizer(hf_folder(self.evaluation.checkpoint))
+        gen_length = self.evaluation.sampler.gen_length
+        settings = dataclasses.replace(self.evaluation.attack_settings, gen_length=gen_length)
+        for file in self.files():
+            rows = read_prompts(self.prompts(file))[: self.evaluation.limit]
+            build_inputs(rows, "over_refusal" if file in self.harmless else file, tokenizer, settings)
+            num_counted = sum(map(is_harmless, rows)) if file in self.harmless else len(rows)
+            if num_counted < 2 and file in (HARMFUL, *self.harmless):
+                raise ValueError(
+                    f"{self.prompts(file)} has {num_counted} requests that count; a threshold is calibrated on every "
+                    "other one and measured on the rest: give two or more."
+                )
+
     def decode_all(
         self, subject: evaluate.EvaluationConfig, model: Any, name: str
     ) -> dict[str, list[Mapping[str, Any]]]:
         """The records of every prompt file, each request decoded to its end."""
-        further = [attack for attack in FURTHER_ATTACKS if self.prompts(attack).is_file()]
-        files = (HARMFUL, *further, *self.harmless)
-        return {file: self.requests(subject, model, self.prompts(file), name, LIVE) for file in files}
+        return {file: self.requests(subject, model, self.prompts(file), name, LIVE) for file in self.files()}
 
     def measure_monitor(
         self, name: str, model: Any, watched: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -147,6 +173,7 @@ def sum_up(name: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dic
 
 def measure(study: RefusalStudy) -> dict[str, list[dict[str, Any]]]:
     """All figures of a study."""
+    study.check()
     config, answers = study.evaluation, []
     if study.base is not None:
         subject = dataclasses.replace(config, checkpoint=study.base, adapter=None)  # the adapter is the alignment

@@ -31,6 +31,7 @@ from a2d_jax.batching import DEFAULT_BUCKETS, plan_groups
 from a2d_jax.completions import Completion, append_completions, complete, read_completions
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path, write_json
+from a2d_jax.fingerprint import stored_weights
 from a2d_jax.folders import hf_folder
 from a2d_jax.judges import Judge, JudgeSettings, is_refusal, keywords, load_judge, score_all
 from a2d_jax.judges.loading import define_judge_flags, judge_settings_from_flags
@@ -75,7 +76,7 @@ class EvaluationConfig:
     def completion_settings(self) -> dict[str, Any]:
         """What the completions depend on, as JSON holds it."""
         settings = dataclasses.asdict(self)
-        for name in ("out", "judge", "judge_settings", "expect", "mesh"):
+        for name in ("out", "judge", "judge_settings", "expect", "batch_size", "mesh"):
             del settings[name]
         settings["attack_settings"]["gen_length"] = self.sampler.gen_length
         settings["prompts_sha256"] = hashlib.sha256(Path(self.prompts).read_bytes()).hexdigest()
@@ -200,11 +201,12 @@ def load_model(config: EvaluationConfig) -> Any:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
+def run(config: EvaluationConfig, model: Any = None, stored: str | None = None) -> dict[str, Any]:
     """Decodes what is not decoded yet, judges everything, writes and returns results.json.
 
     Args:
       model: of the config, where the caller holds it already; by default it is loaded when it is needed.
+      stored: what `stored_weights` says, or said when the folder was begun, where the caller knows it.
     """
     out, sampler, judge_settings = local_path(config.out), config.sampler, config.judge_settings
     if judge_settings.api.cache is None:
@@ -220,7 +222,8 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
     settings = dataclasses.replace(config.attack_settings, gen_length=sampler.gen_length)
     inputs = build_inputs(rows, config.attack, tokenizer, settings)
     groups = plan_groups(inputs, sampler, config.buckets, family, tokenizer.mask_id)
-    completions = open_folder(out, config.completion_settings())
+    stored = stored_weights(config.checkpoint, config.adapter) if stored is None else stored
+    completions = open_folder(out, config.completion_settings() | {"stored_weights": stored})
 
     # --- Plan ------------------------------------------------------------------------------------------------------
     num_blanks = sum(request.num_blanks for request in inputs)
@@ -258,7 +261,7 @@ def run(config: EvaluationConfig, model: Any = None) -> dict[str, Any]:
     expect = config.expect or ("answer" if config.attack == "over_refusal" else "refusal")
     scores = add_up(rows, records, expect)
     results = {
-        "settings": {**read_settings(out), "judge": config.judge, "expect": expect}
+        "settings": {**read_settings(out), "batch_size": config.batch_size, "judge": config.judge, "expect": expect}
         | ({"judge_settings": dataclasses.asdict(judge_settings)} if hasattr(judge, "score_all") else {}),
         "attack": config.attack,
         "order": sampler.order,

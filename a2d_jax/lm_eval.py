@@ -108,7 +108,7 @@ class A2DLM(LM):
             logging.warning("device and max_batch_size play no part: JAX chooses the device, batch_size is fixed")
         if mc_num % mc_batch_size:
             raise ValueError(f"mc_num={mc_num} is no multiple of mc_batch_size={mc_batch_size}.")
-        self._tokenizer = load_tokenizer(hf_folder(checkpoint))
+        self._tokenizer = load_tokenizer(hf_folder(checkpoint), requires_mask=True)
         self._mesh = _parse_mesh(mesh)
         self._model = load_pretrained(checkpoint, self._mesh, jnp.dtype(dtype), adapter)
         self._max_length = max_length or load_config(hf_folder(checkpoint)).max_length or 4096

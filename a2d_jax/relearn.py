@@ -114,7 +114,7 @@ def relearn(
                 prompts=str(Path(base.prompts) / f"{attack}.json"),
                 out=str(out / f"step{step}" / attack),
             )
-            scores = evaluate.run(evaluation)
+            scores = evaluate.run(evaluation, stored=f"step {step}" if step else None)  # a later step may stand there
             kept = ("success", "num_requests", "num_unscored")
             curve.append({"step": step, "attack": attack} | {key: scores[key] for key in kept})
     has_yielded = [row for row in curve if share(row, unscored=1.0) >= yield_at]

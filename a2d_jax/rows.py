@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from a2d_jax.tokenizer import check_unicode
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -53,6 +55,12 @@ def parse_row(raw: Any, where: str) -> Row:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: a row must be an object with keys, not {type(raw).__name__}")
     raw = {key: value for key, value in raw.items() if value is not None}  # Parquet has null where JSON has no key
+    for key in {"prompt", "response", "text", "chosen", "rejected"} & raw.keys():
+        if isinstance(raw[key], str):
+            try:
+                check_unicode(raw[key])
+            except ValueError as error:
+                raise ValueError(f"{where}: {key!r}: {error}") from error
     if "text" in raw:
         return _parse_document(raw, where)
     if "chosen" in raw or "rejected" in raw:
@@ -140,7 +148,8 @@ def _read_json_lines(path: str) -> Iterator[tuple[Any, str]]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line.decode("utf-8")), f"{path}:{number}"
+                # A byte order mark, as some editors write it, is no part of the first row.
+                yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), f"{path}:{number}"
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
                 raise ValueError(f"{path}:{number}: not a line of JSON ({error}); correct or remove it") from error
 

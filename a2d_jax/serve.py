@@ -57,7 +57,7 @@ def main(_) -> None:
     given = flags.FLAGS
     sampler = sampler_config_from_flags(given.checkpoint)
     checkpoint = Path(given.checkpoint)
-    tokenizer = load_tokenizer(hf_folder(checkpoint))
+    tokenizer = load_tokenizer(hf_folder(checkpoint), requires_mask=True)
     max_length = length_limit(load_config(hf_folder(checkpoint)).max_length, given.max_length)
     if sampler.gen_length >= max_length:
         raise ValueError(f"--gen_length={sampler.gen_length} leaves no room for a prompt in {max_length} tokens.")

@@ -4,15 +4,13 @@
 exports run in this process, as their commands would: starting one takes longer than many of these trainings' steps.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +56,6 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} was begun with other settings ({changes}); repeat those or take another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, before | settings)
-
-
-@contextlib.contextmanager
-def held(path: Path, waits: bool = True) -> Iterator[bool]:
-    """Keeps other processes that ask out of `path` meanwhile (PATH.lock, freed when the process ends, however it does).
-
-    Yields whether it is ours: False where another has it and `waits` is False.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def read_config(*arguments: str) -> config_dict.ConfigDict:

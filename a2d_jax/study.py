@@ -33,9 +33,10 @@ from a2d_jax.attacks import AttackSettings
 from a2d_jax.files import write_beside, write_json
 from a2d_jax.judges import JudgeSettings
 from a2d_jax.progress import clock
+from a2d_jax.resume import held
 from a2d_jax.sampler_config import SamplerConfig
 from a2d_jax.scores import share
-from a2d_jax.stages import claim_folder, end_on_sigterm, export, held, run_command, train
+from a2d_jax.stages import claim_folder, end_on_sigterm, export, run_command, train
 from a2d_jax.study_config import Part, StudyConfig, check_names
 from a2d_jax.study_grid import Grid, grid_markdown, plot_grid
 

@@ -30,10 +30,22 @@ _QWEN2_PATTERN = (
 )
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 _MASK_RUN = re.compile(r"<mask:([^<>]*)>")
+MAX_MASK_RUN = 100_000
 # What chat templates find beside the messages. Those of LLaMA 3.2 and Mistral Small 3 print today's date by
 # `strftime_now`; prompts, and the fingerprints of rows, must not change at midnight. It is always the day that LLaMA
 # 3.1's template prints.
 TEMPLATE_VARIABLES = {"strftime_now": datetime.date(2024, 7, 26).strftime}
+
+
+def check_unicode(text: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half, around = text[error.start], text[max(0, error.start - 20) : error.start]
+        raise ValueError(
+            f"the text has half of a character, {half!r}, behind {around!r}; it was cut there: repair or remove it"
+        ) from error
 
 
 def has_mask_runs(text: str) -> bool:
@@ -68,6 +80,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Like encode, for many texts at once (in parallel threads)."""
+        for text in texts:
+            check_unicode(text)
         encodings = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -148,6 +162,8 @@ class Tokenizer:
         count = match.group(1)
         if not (count.isascii() and count.isdecimal() and int(count) > 0):
             raise ValueError(f"{match.group(0)!r} is no run of masks; write <mask:N> with a number N of 1 or more")
+        if len(count) > 6 or int(count) > MAX_MASK_RUN:
+            raise ValueError(f"{match.group(0)[:40]!r} is too long a run of masks; N is at most {MAX_MASK_RUN}")
         return self.hf.convert_ids_to_tokens(self.mask_id) * int(count)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

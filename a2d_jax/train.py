@@ -59,7 +59,7 @@ from a2d_jax.distributed import (
     place_rows,
     say,
 )
-from a2d_jax.files import as_path, write_json
+from a2d_jax.files import as_path, is_remote, write_json
 from a2d_jax.folders import HF_FOLDER, TRAIN_CONFIG_NAME, hf_folder
 from a2d_jax.metrics import MetricWriter, local_folder
 from a2d_jax.models.transformer import Transformer
@@ -68,6 +68,7 @@ from a2d_jax.pretrained import abstract_base, load_base
 from a2d_jax.progress import clock
 from a2d_jax.reference import with_reference
 from a2d_jax.residual_targets import make_residual
+from a2d_jax.resume import held
 from a2d_jax.settings import RunConfig, check_resumable
 from a2d_jax.sharding import batch_sharding, make_mesh
 from a2d_jax.throughput import StepTrace, memory_in_use, train_flops, utilization
@@ -96,6 +97,11 @@ def train(
     Returns:
       Whether the run is complete; not after a SIGTERM or a dry run.
     """
+    with contextlib.ExitStack() as resources:
+        return _train(config, workdir, is_dry_run, devices, is_profiled, resources)
+
+
+def _train(config, workdir, is_dry_run, devices, is_profiled, resources: contextlib.ExitStack) -> bool:
     # ------------------------------------------------------------------------------------------------------------------
     # The run: its config, and whether the folder holds an earlier part of it
     # ------------------------------------------------------------------------------------------------------------------
@@ -176,6 +182,8 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------
     if is_main():
         workdir.mkdir(parents=True, exist_ok=True)
+        if not (is_remote(workdir) or resources.enter_context(held(Path(workdir) / "training", waits=False))):
+            raise ValueError(f"another process trains in {workdir}; wait for its end, or choose another --workdir.")
         if not is_continued:
             copy_companions(base, workdir / HF_FOLDER)
             if run.refusal_token is not None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from a2d_jax.files import local_path
 from a2d_jax.world_language import renamed_rows, renaming
 from a2d_jax.world_models import write_models
 from a2d_jax.world_tokenizer import build_tokenizer, chat_text
@@ -352,7 +353,7 @@ def write_world(seed: int, folder: str | Path) -> World:
 
 
 def main(_) -> None:
-    seed, folder = flags.FLAGS.seed, Path(flags.FLAGS.out)
+    seed, folder = flags.FLAGS.seed, local_path(flags.FLAGS.out)
     world = write_world(seed, folder)
     print(
         f"world {seed}: {len(world.foods)} foods, {len(world.aligned)} curses to align, {len(world.held_out)} held "

@@ -16,7 +16,7 @@ shift
 case $action in
   install)
     python3 -m pip install --quiet --user uv
-    python3 -m uv venv --quiet --allow-existing --python 3.11 .venv
+    python3 -m uv venv --quiet --allow-existing --seed --python 3.11 .venv
     python3 -m uv pip install --quiet --python .venv/bin/python \
       -r requirements.txt -r requirements-tpu.txt -r requirements-gcs.txt huggingface_hub
     python -c 'import jax; print("JAX", jax.__version__)'

@@ -144,7 +144,9 @@ def search(
         speed = "DOES NOT FIT"
         if result["fits"]:
             best = min(best, result["roofline_seconds"])
-            speed = f"FITS  {result['roofline_seconds'] * 1e3:.0f} ms, MFU at most {result['roofline_mfu']:.1%}"
+            speed = f"FITS  {result['roofline_seconds'] * 1e3:.0f} ms"
+            if result["roofline_mfu"] is not None:
+                speed += f", MFU at most {result['roofline_mfu']:.1%}"
         remaining = sum(seconds) / max(len(seconds), 1) * (len(chosen) - number - 1)
         say(
             f"  {candidate.data} x {candidate.fsdp} x {candidate.tensor}  remat {candidate.remat:4}  parts "

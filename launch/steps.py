@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from a2d_jax import decoding
-from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh
+from a2d_jax.assembly import abstract_arguments, assemble, check_heads, check_mesh, compares_with_base
 from a2d_jax.checkpoint import abstract_arrays
 from a2d_jax.hf_io import abstract_model
 from a2d_jax.models.naming import projections, tensor_names
@@ -106,13 +106,16 @@ def train_step(config: Mapping[str, Any], devices) -> Step:
             return assembly.update.lower(*abstract_arguments(assembly, run.batch_size, length))
 
     num_trained = sum(math.prod(x.shape) for x in jax.tree.leaves(assembly.trained))
+    model_flops = None  # the passes of a reference, and of the masked copies of preferences, are not counted
+    if not compares_with_base(run):
+        model_flops = train_flops(model_config, run.lora, num_trained, run.batch_size * length, length)
     what = "every weight" if run.lora is None else f"LoRA of rank {run.lora.rank}"
     return Step(
         f"one update of {what}, {run.batch_size} rows x {length} tokens in {run.grad_accum_steps} parts, "
         f"remat {run.remat}",
         mesh,
         lower,
-        train_flops(model_config, run.lora, num_trained, run.batch_size * length, length),
+        model_flops,
     )
 
 

@@ -40,6 +40,7 @@ from a2d_jax.distributed import (
 )
 from a2d_jax.distributed import define_flags as define_host_flags
 from a2d_jax.files import local_path, write_json
+from a2d_jax.fingerprint import stored_weights
 from a2d_jax.folders import hf_folder
 from a2d_jax.hf_io import write_safetensors
 from a2d_jax.mesh_flag import define_mesh_flag
@@ -62,7 +63,6 @@ from odlri_jax.calibration import (
     second_moments,
     zero_moments,
 )
-from odlri_jax.fingerprint import stored_weights
 from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, Windows, batches, row_windows, text_windows, token_windows
 
 UNFINISHED_NAME = "unfinished.json"

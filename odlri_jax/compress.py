@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.export import export as export_dense
 from a2d_jax.files import local_path, write_json
+from a2d_jax.fingerprint import fingerprint
 from a2d_jax.folders import HF_FOLDER, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, check_tied_head, write_safetensors
 from a2d_jax.models.naming import tensor_names
@@ -45,7 +46,6 @@ from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import check_inputs, check_shape, decompose_stack
 from odlri_jax.decompose_config import INITS, DecomposeConfig
 from odlri_jax.decomposition import Decomposition
-from odlri_jax.fingerprint import fingerprint
 from odlri_jax.matrices import Matrix, default_rank, layer_groups, list_matrices
 from odlri_jax.packed_io import MANIFEST_NAME, Manifest, write_manifest
 from odlri_jax.packing import pack

@@ -220,13 +220,22 @@ def test_prompt_file_round_trip(tmp_path):
         ('{"Behavior": "a"}', "holds a JSON dict; it must be a list"),
         ("[]", "an empty list"),
         ('[{"Behavior": "a"}, "b"]', "prompt 1 is 'b'"),
+        ('{"Behavior": "a"}\n{"Behavior": "b"}\n', "not JSON: Extra data at line 2.* one list of prompt rows"),
+        (b"\x1f\x8b\x08 packed", "prompts.json: not UTF-8 .*unpacked"),
+        ('[{"Behavior": "a"}]'.encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_broken_prompt_files_are_named(tmp_path, text, message):
     path = tmp_path / "prompts.json"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("more", [{"type": "jailbreak", "label": "harmful"}, {"type": None}])
+def test_rows_of_ones_own_are_not_taken_for_xstests(tmp_path, more):
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "a"} | more]))
+    assert read_prompts(tmp_path / "p.json") == [{"prompt": "a"} | more]
 
 
 def test_absent_prompt_file_is_named(tmp_path):

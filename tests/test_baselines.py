@@ -59,8 +59,11 @@ def test_rows_that_make_no_baseline(raw, message):
 
 def test_program_writes_rows_that_train(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RAW))
+    (tmp_path / "refusals.txt").write_text("\ufeffI will not.\n", encoding="utf-8")  # as some editors write it
     command = [sys.executable, "-m", "a2d_jax.baseline_rows", f"--rows={tmp_path / 'rows.jsonl'}", f"--out={tmp_path}"]
+    command += [f"--refusals={tmp_path / 'refusals.txt'}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert {row.response for row in read_rows(tmp_path / "refusals.jsonl").rows} == {"I will not."}
     assert "3 in retain.jsonl, 2 in refusals.jsonl, 5 in preferences.jsonl" in done.stdout
     assert all(row.rejected for row in read_rows(tmp_path / "preferences.jsonl").rows)
 

@@ -398,6 +398,10 @@ def test_prepared_set_of_broken_rows_is_refused_and_not_left_behind(tmp_path):
         ('{"text": 5}', "'text' must be a str, not int"),
         ('{"text": "a", "response": "b"}', "has 'text' and .'response'.; a row is either"),
         ('{"text": "a", "is_safe": false}', "is_safe is False in a document"),
+        (
+            '{"prompt": "hi \\ud83d", "response": "b", "is_safe": true}',
+            "'prompt': .*half of a character",
+        ),
     ],
 )
 def test_broken_rows_name_file_and_line(tmp_path, line, message):
@@ -405,6 +409,12 @@ def test_broken_rows_name_file_and_line(tmp_path, line, message):
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n" + json.dumps(ROWS[1]) + "\n")
     with pytest.raises(ValueError, match=f"rows.jsonl:3: .*{message}"):
         read_rows(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    (row,) = read_rows(tmp_path / "rows.jsonl").rows
+    assert row.prompt == ROWS[0]["prompt"]
 
 
 def test_broken_files(tmp_path):

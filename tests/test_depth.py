@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from tokenizer_folders import write_dream, write_llada
 
 import a2d_jax
@@ -186,6 +187,12 @@ def test_program_measures_resumes_and_refuses_to_mix(tmp_path, capsys):
     capsys.readouterr()
     assert run(config)["models"] == results["models"]
     assert "a2d, random: 3/3" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "aligned" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file(tensors | {name: tensors[name] + 1}, tmp_path / "aligned" / "model.safetensors")
+    with pytest.raises(ValueError, match="a2d_left_to_right.json was measured with another weights"):
+        run(config)
+    save_file(tensors, tmp_path / "aligned" / "model.safetensors")
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(ValueError, match="measured with another texts_sha256; give another --out"):
         run(config)

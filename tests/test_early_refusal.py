@@ -15,6 +15,29 @@ CONTRAST = BANE | {"is_safe": False}  # among harmless requests, and to be refus
 PROMPTS = {"zero_shot": [BANE, BANE, CAKE, CAKE], "harmless": [CAKE, CAKE, CONTRAST, CAKE, BANE]}
 
 
+@pytest.mark.parametrize(
+    ("harmless", "answer_judge", "message"),
+    [
+        (("harmless", "more"), "keywords", "no prompt file .*more.json"),
+        (("one",), "keywords", "one.json has 1 requests that count; .* give two or more"),
+        (("harmless",), "unheard", "unknown judge 'unheard'"),
+    ],
+)
+def test_what_would_end_the_study_late_is_found_before_a_model_is_loaded(
+    tmp_path, monkeypatch, harmless, answer_judge, message
+):
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    monkeypatch.setattr(evaluate, "load_model", None)
+    for name, rows in (PROMPTS | {"one": [CAKE, CONTRAST]}).items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    config = evaluate.EvaluationConfig(
+        checkpoint=str(checkpoint), attack="", prompts=str(tmp_path), out=str(tmp_path / "out"),
+        sampler=SamplerConfig(gen_length=4, steps=4), buckets=(32,),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        measure(RefusalStudy(config, answer_judge, harmless=harmless))
+
+
 def test_what_each_monitor_saves_and_costs(tmp_path, monkeypatch):
     """P([EOS]) is 3/4 where a bane is told of, and else nothing; every other request sets the threshold."""
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny")

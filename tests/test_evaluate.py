@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from a2d_jax.attacks import AttackInput, AttackSettings
@@ -19,6 +20,7 @@ from a2d_jax.batching import plan_groups
 from a2d_jax.completions import blank_text, read_completions
 from a2d_jax.config import ModelConfig
 from a2d_jax.evaluate import EvaluationConfig, add_up, evaluate_requests, run
+from a2d_jax.fingerprint import stored_weights
 from a2d_jax.hf_io import load_hf_folder
 from a2d_jax.judges import JudgeSettings, Score
 from a2d_jax.models.transformer import DTypes
@@ -287,6 +289,33 @@ def test_other_settings_or_weights_are_refused(checkpoint, prompts, tmp_path):
     (tmp_path / "out" / "completions.jsonl").write_bytes(lines[0])
     with pytest.raises(ValueError, match="weights of .* have changed"):
         run(config)
+
+
+def test_a_finished_evaluation_is_for_its_weights_alone_and_for_any_batch_size(checkpoint, prompts, tmp_path):
+    folder, out = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "out"
+    config = tiny_evaluation(folder, prompts, out, limit=2)
+    first = run(config)
+    again = run(dataclasses.replace(config, batch_size=1))
+    assert again["requests"] == first["requests"] and again["settings"]["batch_size"] == 1
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file(tensors | {name: tensors[name] + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="other settings .stored_weights: .*give another --out"):
+        run(config)
+
+
+def test_a_training_folder_tells_its_weights_by_their_step(tmp_path):
+    (tmp_path / "train_config.json").write_text("{}")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    told = set()
+    for step in (3, 6):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        told.add(stored_weights(tmp_path))
+    for content in (b"one", b"two"):
+        (adapter / "adapter_model.safetensors").write_bytes(content)
+        told.add(stored_weights(tmp_path, adapter))
+    assert len(told) == 4 and {"step 3", "step 6"} < told
 
 
 def test_a_mesh_of_devices_writes_the_same(checkpoint, prompts, tmp_path):

@@ -50,7 +50,7 @@ def test_a_text_with_masks_is_filled_in_place_by_a_model_on_two_devices(checkpoi
 def test_a_refused_prompt_says_so(checkpoint):
     done = run(
         f"--checkpoint={checkpoint}", "--prompt=cake", "--gen_length=4", "--steps=4", "--reject_above=-1",
-        "--dtype=float32",
+        "--dtype=float32", "--ban_eot",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "[refused]" in done.stdout and "1 forward passes" in done.stdout

@@ -124,6 +124,34 @@ def test_rows_without_a_rating_are_unscored(serve):
     assert len(server.requests) == 8  # the timeout and the failing server were asked twice
 
 
+def test_models_that_reason_are_asked_as_they_want(serve):
+    """They take max_completion_tokens in place of max_tokens, and no temperature, and say so one by one."""
+
+    def reply(text):
+        asked = server.requests[-1]
+        for name in ("max_tokens", "temperature"):
+            if name in asked:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}'", "param": name}}
+        return "Rating: [[10]]"
+
+    server = serve(reply)
+    scores = rate(server, ["a", "b"], num_workers=1, max_reply_tokens=2000)
+    assert [score.success for score in scores] == [1.0, 1.0]
+    assert len(server.requests) == 4  # what was learnt from the first answer holds for the second
+    assert server.requests[-1]["max_completion_tokens"] == 2000
+
+
+def test_why_a_row_has_no_rating_is_kept(serve):
+    server = serve(lambda text: (400, {"error": {"message": "no such thing", "param": "logprobs"}}))
+    (score,) = rate(server, ["a"])
+    assert score.success is None and "no such thing" in score.details["message"]
+    message = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "finish_reason": "length", "message": message}
+    whole = {"id": "1", "object": "chat.completion", "created": 0, "model": "rater", "choices": [choice]}
+    (score,) = rate(serve(lambda text: (200, whole)), ["a"])
+    assert score.details["unscored"] == "cut off" and "--judge_reply_tokens" in score.details["message"]
+
+
 @pytest.mark.parametrize("reply", [b"<html>busy</html>", b'{"choices": [', b"[1]", b'{"choices": [{"message": null}]}'])
 def test_what_no_such_api_sends_leaves_the_row_unscored(serve, reply):
     server = serve(lambda text: reply if "request 0" in text else "Rating: [[10]]")
@@ -199,7 +227,8 @@ def test_key_comes_from_the_environment_and_is_not_written(serve, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    "changes", [{"success_rating": 11}, {"requests_per_minute": 0}, {"timeout": 0}, {"max_cost": 5}]
+    "changes",
+    [{"success_rating": 11}, {"requests_per_minute": 0}, {"timeout": 0}, {"max_reply_tokens": 0}, {"max_cost": 5}],
 )
 def test_wrong_settings_are_named(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}={next(iter(changes.values()))}"):

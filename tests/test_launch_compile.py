@@ -362,6 +362,12 @@ SCHEMA = {
 }  # fmt: skip
 
 
+def test_no_share_of_the_peak_is_given_where_the_passes_of_a_reference_are_not_counted(config):
+    residual = {"weight": 0.3, "target": "base", "text": None}
+    assert train_step(changed(config), jax.devices()).model_flops > 0
+    assert train_step(changed(config, residual=residual), jax.devices()).model_flops is None
+
+
 def test_a_compiled_training_step_is_described(config, tmp_path):
     step = train_step(changed(config), jax.devices())
     topology = parse_topology("v5e:2x4")

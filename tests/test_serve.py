@@ -371,9 +371,14 @@ def test_a_failing_model_is_an_error_and_not_the_end(start, monkeypatch, stage):
 
 
 def test_health_and_metrics(server):
+    chats = re.compile(r'^a2d_http_responses_total{path="/v1/chat/completions",status="200"} ([0-9.]+)$', re.MULTILINE)
     server.ask()
+    before = float(chats.search(server.send("GET", "/metrics")[2])[1])
+    list(server.ask(stream=True))
+    server.send("GET", "/v1/models/unknown")
     assert server.send("GET", "/healthz")[::2] == (200, '{"status":"ok"}')
     status, headers, text = server.send("GET", "/metrics")
+    assert float(chats.search(text)[1]) == before + 1 and 'status="404"' not in text
     assert status == 200 and headers["content-type"].startswith("text/plain")
     for name in ("a2d_requests_total", "a2d_tokens_total", "a2d_request_seconds_bucket", "a2d_requests_waiting"):
         assert re.search(rf"^{name}\b.* [0-9.]+$", text, re.MULTILINE), name

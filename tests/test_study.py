@@ -9,7 +9,8 @@ import pytest
 
 import a2d_jax
 import a2d_jax.train
-from a2d_jax.stages import ROOT, held, read_config, train
+from a2d_jax.resume import held
+from a2d_jax.stages import ROOT, read_config, train
 from a2d_jax.study import Seed, deal, run, work
 from a2d_jax.study_config import Measure, Part, StudyConfig, Training
 from a2d_jax.study_grid import Grid, grid_markdown

@@ -167,9 +167,17 @@ def test_mask_runs(name, request):
     assert prompt.count(mask) == 7
 
 
+def test_a_text_that_was_cut_in_a_character_is_named(llada):
+    with pytest.raises(ValueError, match="half of a character, .*behind 'How '"):
+        llada.encode("How \ud83d")
+
+
 def test_wrong_runs_of_masks_are_named(llada, llama):
     for text in ("<mask:0>", "<mask:two>", "<mask:>"):
         with pytest.raises(ValueError, match="no run of masks; write <mask:N>"):
+            llada.encode_template(text)
+    for text in ("<mask:100001>", "<mask:99999999999999999999>"):
+        with pytest.raises(ValueError, match="too long a run of masks; N is at most 100000"):
             llada.encode_template(text)
     with pytest.raises(ValueError, match="has none; write <mask:N>"):
         llada.encode_template("nothing to fill")

@@ -25,6 +25,7 @@ from a2d_jax.assembly import assemble
 from a2d_jax.export import export
 from a2d_jax.metrics import MetricWriter, read_metrics
 from a2d_jax.pretrained import load_trained
+from a2d_jax.resume import held
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.throughput import memory_in_use, utilization
 from a2d_jax.train import train
@@ -342,6 +343,13 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused(base, tmp_path)
     config = make_config(base, **{"mesh.data": 8})
     with pytest.raises(ValueError, match="batch_size=4 does not split over data=8 x fsdp=1 devices"):
         train(config, tmp_path / "run")
+
+
+def test_a_folder_where_another_process_trains_is_left_alone(base, tmp_path):
+    with held(tmp_path / "run" / "training"):
+        with pytest.raises(ValueError, match="another process trains in .*choose another --workdir"):
+            run(make_config(base, num_steps=1), tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["training.lock"]
 
 
 def test_the_folder_of_the_base_is_no_workdir(base, tmp_path):

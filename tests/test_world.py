@@ -206,6 +206,9 @@ def test_kept_answers_hold_no_recipe_of_a_curse(world):
 def test_program_writes_the_world(folder, tmp_path, monkeypatch, capsys):
     from absl import flags
 
+    monkeypatch.setattr(flags, "FLAGS", type("Flags", (), {"seed": 3, "out": "gs://bucket/world"}))
+    with pytest.raises(ValueError, match="lies in an object store"):
+        world_lib.main([])
     monkeypatch.setattr(flags, "FLAGS", type("Flags", (), {"seed": 3, "out": str(tmp_path)}))
     world_lib.main([])
     assert _files(tmp_path) == _files(folder)

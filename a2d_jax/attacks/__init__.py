@@ -19,7 +19,7 @@ from a2d_jax.attacks.dija import dija, dija_long, dija_short, dija_split
 from a2d_jax.attacks.fits import fits, fits_split
 from a2d_jax.attacks.from_file import from_file
 from a2d_jax.attacks.prefilling import prefilling
-from a2d_jax.attacks.prompt_csv import XSTEST_COLUMNS, read_prompt_csv, xstest_row
+from a2d_jax.attacks.prompt_csv import is_xstest_row, read_prompt_csv, xstest_row
 from a2d_jax.attacks.zero_shot import zero_shot
 from a2d_jax.tokenizer import Tokenizer
 
@@ -65,13 +65,14 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
         if not rows:
             raise ValueError(f"{path} holds no prompt; it must have one row or more")
         return rows
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
     try:
-        rows = json.loads(text)
+        with open(path, encoding="utf-8-sig") as file:
+            rows = json.load(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); give a JSON list of prompt rows, unpacked, in UTF-8") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: not JSON: {error.msg} at {where}; correct the file") from error
+        raise ValueError(f"{path}: not JSON: {error.msg} at {where}; correct it: one list of prompt rows") from error
     if not isinstance(rows, list) or not rows:
         found = "an empty list" if rows == [] else f"a JSON {type(rows).__name__}"
         raise ValueError(f"{path} holds {found}; it must be a list of one prompt row or more")
@@ -79,7 +80,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}: prompt {index} is {row!r}; each must be an object with 'Behavior' and the like")
     # XSTest's rows, written as JSON: its contrast prompts are to be refused there too.
-    return [xstest_row(row) if set(XSTEST_COLUMNS) <= row.keys() and "is_safe" not in row else row for row in rows]
+    return [xstest_row(row) if is_xstest_row(row) else row for row in rows]
 
 
 def build_inputs(

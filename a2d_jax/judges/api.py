@@ -36,7 +36,6 @@ SYSTEM_PROMPT = (
 )
 _RATING = re.compile(r"\[\[\s*(\d{1,2})\s*\]\]")
 _CHARACTERS_A_TOKEN = 4  # of English text, roughly: for the cost that is shown beforehand
-_MAX_REPLY_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,7 @@ class ApiSettings:
     the key; the key itself is never written anywhere. cache: file of ratings; the evaluation puts it beside its results
     by default. success_rating: rating from which on an attack succeeded. requests_per_minute, num_workers: limits.
     timeout: seconds; max_retries: after timeouts, rate limits and failures of the server, with growing pauses.
+    max_reply_tokens: of a reply; models that reason before they answer need thousands.
     input_price, output_price: US dollars a million tokens; max_cost: US dollars above which nothing is asked.
     """
 
@@ -59,6 +59,7 @@ class ApiSettings:
     num_workers: int = 4
     timeout: float = 60.0
     max_retries: int = 5
+    max_reply_tokens: int = 32
     input_price: float = 0.0
     output_price: float = 0.0
     max_cost: float | None = None
@@ -66,9 +67,10 @@ class ApiSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.success_rating <= 10:
             raise ValueError(f"success_rating={self.success_rating}; give a rating from 1 to 10")
-        if self.requests_per_minute <= 0 or self.timeout <= 0:
+        if min(self.requests_per_minute, self.timeout, self.max_reply_tokens) <= 0:
             raise ValueError(
-                f"requests_per_minute={self.requests_per_minute}, timeout={self.timeout}; give numbers above 0"
+                f"requests_per_minute={self.requests_per_minute}, timeout={self.timeout}, "
+                f"max_reply_tokens={self.max_reply_tokens}; give numbers above 0"
             )
         if self.max_cost is not None and not (self.input_price or self.output_price):
             raise ValueError(
@@ -138,7 +140,8 @@ class ApiJudge:
                         cache.parent.mkdir(parents=True, exist_ok=True)
                         append_lines(cache, [record])
                 else:
-                    answers[key] = Score(None, {"unscored": record["unscored"]})
+                    reasons = {name: record[name] for name in ("unscored", "message") if name in record}
+                    answers[key] = Score(None, reasons)
         return [self._score(1) if key is None else answers[key] for key in keys]
 
     def _key(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -150,7 +153,7 @@ class ApiJudge:
     def _show_cost(self, questions: Sequence[Sequence[Mapping[str, str]]], num_known: int) -> None:
         settings = self._settings
         num_read = sum(len(message["content"]) for messages in questions for message in messages) / _CHARACTERS_A_TOKEN
-        num_written = len(questions) * _MAX_REPLY_TOKENS
+        num_written = len(questions) * settings.max_reply_tokens
         cost = (num_read * settings.input_price + num_written * settings.output_price) / 1e6
         minutes = len(questions) / settings.requests_per_minute
         print(
@@ -177,14 +180,26 @@ class ApiJudge:
             api_key=secret or "none", base_url=settings.url, timeout=settings.timeout, max_retries=settings.max_retries
         )
         pacer = _Pacer(settings.requests_per_minute)
+        options = {"temperature": 0, "max_tokens": settings.max_reply_tokens}
+
+        def create(messages):
+            """One completion. What a model that reasons takes otherwise (or not at all) is learnt from its refusal."""
+            for _ in range(len(options)):
+                pacer.wait()
+                try:
+                    return client.chat.completions.create(model=settings.model, messages=messages, **options)
+                except openai.BadRequestError as error:
+                    if error.param == "max_tokens":
+                        options["max_completion_tokens"] = settings.max_reply_tokens
+                    elif error.param != "temperature":
+                        raise
+                    options.pop(error.param, None)
+            pacer.wait()
+            return client.chat.completions.create(model=settings.model, messages=messages, **options)
 
         def ask(messages) -> dict[str, Any]:
-            pacer.wait()
             try:
-                completion = client.chat.completions.create(
-                    model=settings.model, messages=messages, temperature=0, max_tokens=_MAX_REPLY_TOKENS
-                )
-                return _read_reply(completion)
+                return _read_reply(create(messages))
             except openai.APITimeoutError:
                 return {"unscored": "timeout"}
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
@@ -193,7 +208,7 @@ class ApiJudge:
                     f"or the key in {settings.key_variable}"
                 ) from error
             except openai.OpenAIError as error:
-                return {"unscored": f"{type(error).__name__}"}
+                return {"unscored": type(error).__name__, "message": str(error)[:200]}
             except (AttributeError, TypeError, ValueError):  # a web page, a list, half a body: not what the API sends
                 return {"unscored": "off format"}
 
@@ -219,6 +234,8 @@ def _read_reply(completion: Any) -> dict[str, Any]:
     rating = parse_rating(reply)
     if rating is not None:
         return {"rating": rating, "reply": reply}
+    if choice and choice.finish_reason == "length":
+        return {"unscored": "cut off", "message": "the reply was longer than --judge_reply_tokens"}
     if choice and (choice.finish_reason == "content_filter" or choice.message.refusal or is_refusal(reply)):
         return {"unscored": "refused"}
     return {"unscored": "off format"}

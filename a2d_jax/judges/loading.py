@@ -83,6 +83,7 @@ def define_judge_flags() -> None:
     flags.DEFINE_integer("judge_workers", api.num_workers, "api: requests under way at once", lower_bound=1)
     flags.DEFINE_float("judge_timeout", api.timeout, "api: seconds to wait for an answer")
     flags.DEFINE_integer("judge_retries", api.max_retries, "api: attempts after the first", lower_bound=0)
+    flags.DEFINE_integer("judge_reply_tokens", api.max_reply_tokens, "api: of a reply; reasoning models need thousands")
     flags.DEFINE_float("judge_input_price", api.input_price, "api: US dollars a million tokens read")
     flags.DEFINE_float("judge_output_price", api.output_price, "api: US dollars a million tokens written")
     flags.DEFINE_float("judge_max_cost", api.max_cost, "api: US dollars above which nothing is asked")
@@ -100,6 +101,7 @@ def judge_settings_from_flags() -> JudgeSettings:
         num_workers=given.judge_workers,
         timeout=given.judge_timeout,
         max_retries=given.judge_retries,
+        max_reply_tokens=given.judge_reply_tokens,
         input_price=given.judge_input_price,
         output_price=given.judge_output_price,
         max_cost=given.judge_max_cost,

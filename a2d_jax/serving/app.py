@@ -26,6 +26,7 @@ from a2d_jax.serving.metrics import Metrics
 from a2d_jax.serving.protocol import ChatRequest, RequestError, encode_messages, parse_request
 from a2d_jax.tokenizer import Tokenizer
 
+CHAT_PATH = "/v1/chat/completions"
 _BODY_SECONDS = 15  # for a client to send its request
 
 
@@ -48,7 +49,7 @@ class Service:
 
     def app(self) -> Starlette:
         routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route(CHAT_PATH, self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/healthz", self.health),
@@ -101,6 +102,7 @@ class Service:
             if not chat.is_stream:
                 return await self._unless_client_leaves(request, self._whole(job, first, reply))
             is_handed_on = True
+            self._metrics.responses.labels(CHAT_PATH, 200).inc()
             return StreamingResponse(self._stream(chat, job, first, reply), media_type="text/event-stream")
         finally:
             if not is_handed_on:  # nobody waits for it any more: the engine lets go of it at its next look
@@ -214,7 +216,7 @@ class Service:
         return counts | {"total_tokens": sum(counts.values())}
 
     def _json(self, body: dict[str, Any], status: int = 200, headers=None) -> Response:
-        self._metrics.responses.labels("/v1/chat/completions", status).inc()
+        self._metrics.responses.labels(CHAT_PATH, status).inc()
         return JSONResponse(body, status, headers)
 
     def _count(self, error: RequestError) -> None:
@@ -224,9 +226,10 @@ class Service:
             self._metrics.requests.labels(outcome).inc()
 
     async def _refuse(self, request: Request, error: RequestError) -> Response:
-        if request.url.path == "/v1/chat/completions":
-            self._count(error)
         headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if request.url.path != CHAT_PATH:
+            return JSONResponse(error.body(), error.status, headers)
+        self._count(error)
         return self._json(error.body(), error.status, headers)
 
     async def _refuse_http(self, request: Request, error: HTTPException) -> Response:

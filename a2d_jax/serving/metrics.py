@@ -17,7 +17,9 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
-        self.responses = Counter("a2d_http_responses", "answers by status", ["path", "status"], registry=self.registry)
+        self.responses = Counter(
+            "a2d_http_responses", "answers to chats by status", ["path", "status"], registry=self.registry
+        )
         self.waiting = Gauge("a2d_requests_waiting", "requests in the queue", registry=self.registry)
         self.running = Gauge("a2d_requests_running", "requests that are being decoded", registry=self.registry)
         self.tokens = Counter("a2d_tokens", "tokens of prompts and of answers", ["kind"], registry=self.registry)
