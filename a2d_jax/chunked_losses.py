@@ -9,7 +9,7 @@ The gradient of a sum of all positions needs nothing that comes later, so `score
 sum, from the same logits. `scored_losses` leaves open what its caller makes of the positions; its backward pass
 computes the logits again.
 
-    G parts, P positions of a part, C positions of a chunk, N chunks
+    Z parts, P positions of a part, C positions of a chunk, J chunks
 """
 
 import functools
@@ -29,11 +29,11 @@ class Head(NamedTuple):
     """What stands behind the last hidden states.
 
     Attributes:
-      logits_of: (trained, frozen, hidden (G, C, D), key) -> logits (G, C, V).
+      logits_of: (trained, frozen, hidden (Z, C, D), key) -> logits (Z, C, V).
       trained: the head's arrays that a gradient is wanted of.
       frozen: the others, and those of `extra`; no gradient goes to them.
       vocab_size: V.
-      extra: a further term of the loss, (frozen, logits (G, C, V), each of `extra_inputs` there) -> (G, C). It is
+      extra: a further term of the loss, (frozen, logits (Z, C, V), each of `extra_inputs` there) -> (Z, C). It is
         asked only where chunks hold a weight, and must not close over traced arrays.
     """
 
@@ -47,11 +47,11 @@ class Head(NamedTuple):
 class _Operands(NamedTuple):
     trained: Any
     frozen: Any
-    hidden: jax.Array  # (G, P, D)
-    targets: jax.Array  # (G, P)
-    weights: jax.Array  # (G, P)
+    hidden: jax.Array  # (Z, P, D)
+    targets: jax.Array  # (Z, P)
+    weights: jax.Array  # (Z, P)
     key: jax.Array | None
-    extra_inputs: tuple[jax.Array, ...]  # (G, P, ...) each
+    extra_inputs: tuple[jax.Array, ...]  # (Z, P, ...) each
 
 
 def scored_losses(
@@ -98,7 +98,7 @@ def scored_sum(
 def _prepare(head: Head, hidden, targets, weights, key, extra_inputs):
     """(functions, operands by parts of the batch, positions of a chunk)."""
     num_rows, length = targets.shape
-    num_groups = num_shards("batch", num_rows)  # G
+    num_groups = num_shards("batch", num_rows)  # Z
     at_once = LOGITS_AT_ONCE * num_shards("head_vocab", head.vocab_size) // (head.vocab_size * num_groups)
     at_once = max(at_once // 128 * 128, 128)  # C, a multiple of the matrix unit's side
 
@@ -112,22 +112,22 @@ def _prepare(head: Head, hidden, targets, weights, key, extra_inputs):
 
 
 def _chunk_losses(functions, x: _Operands, trained, hidden: jax.Array) -> jax.Array:
-    """Losses of the positions that are given, all of them: (G, C)."""
+    """Losses of the positions that are given, all of them: (Z, C)."""
     logits_of, extra = functions
-    logits = constrain(logits_of(trained, x.frozen, hidden, x.key), None, None, "head_vocab")  # (G, C, V)
+    logits = constrain(logits_of(trained, x.frozen, hidden, x.key), None, None, "head_vocab")  # (Z, C, V)
     losses = x.weights * cross_entropy(logits, x.targets)
     return losses if extra is None else losses + extra(x.frozen, logits, *x.extra_inputs)
 
 
 def _over_chunks(functions, at_once: int, x: _Operands, cotangent: jax.Array | None = None):
-    """Losses (G, P); with their cotangent (G, P) also the gradients (of `trained`, of `hidden`)."""
+    """Losses (Z, P); with their cotangent (Z, P) also the gradients (of `trained`, of `hidden`)."""
     num_groups, num_positions = x.weights.shape
     num_chunks = -(-num_positions // at_once)
-    order = jnp.argsort(x.weights == 0, axis=1, stable=True)  # (G, P)
+    order = jnp.argsort(x.weights == 0, axis=1, stable=True)  # (Z, P)
     filled = jnp.pad(order, ((0, 0), (0, num_chunks * at_once - num_positions)))
     is_real = jnp.arange(num_chunks * at_once) < num_positions
-    weights = jnp.take_along_axis(x.weights, filled, axis=1) * is_real  # (G, N C)
-    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (N, G, C)  # noqa: E731
+    weights = jnp.take_along_axis(x.weights, filled, axis=1) * is_real  # (Z, J C)
+    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (J, Z, C)  # noqa: E731
 
     def score(grads, chunk):
         positions, weights, is_real, index = chunk
@@ -162,7 +162,7 @@ def _over_chunks(functions, at_once: int, x: _Operands, cotangent: jax.Array | N
     return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1), grads
 
 
-_add_at = jax.vmap(lambda total, positions, new: total.at[positions].add(new))  # (G, P, D), (G, C), (G, C, D)
+_add_at = jax.vmap(lambda total, positions, new: total.at[positions].add(new))  # (Z, P, D), (Z, C), (Z, C, D)
 
 
 def _as_operands(grads) -> tuple:

@@ -52,10 +52,10 @@ class PreferenceConfig:
 
 
 class ElboSamples(NamedTuple):
-    """Masked copies of each response, S of them; the same ones for policy and reference."""
+    """Masked copies of each response, M of them; the same ones for policy and reference."""
 
-    is_masked: jax.Array  # (B, S, T) bool
-    weights: jax.Array  # (B, S, T) float32: L / (l S) where masked, else 0
+    is_masked: jax.Array  # (B, M, T) bool
+    weights: jax.Array  # (B, M, T) float32: L / (l M) where masked, else 0
 
 
 def draw_samples(key: jax.Array, is_response: jax.Array, config: PreferenceConfig) -> ElboSamples:
@@ -72,7 +72,7 @@ def draw_samples(key: jax.Array, is_response: jax.Array, config: PreferenceConfi
     is_masked = ranks < num_masked
     length = length[..., None]
     if config.is_antithetic:
-        is_masked = jnp.concatenate([is_masked, (ranks >= num_masked - 1) & is_response], axis=1)  # (B, S, T)
+        is_masked = jnp.concatenate([is_masked, (ranks >= num_masked - 1) & is_response], axis=1)  # (B, M, T)
         num_masked = jnp.concatenate([num_masked, length + 1 - num_masked], axis=1)
     return ElboSamples(is_masked, jnp.where(is_masked, length / (num_masked * config.num_samples), 0.0))
 

@@ -19,21 +19,21 @@ from a2d_jax.reference import split_reference
 def estimate_nll(
     model, objective: str, mask_id: int, tokens, attention_mask, is_masked, weights, dropout_key=None
 ) -> jax.Array:
-    """-B of each row, (B,) float32, from its S masks.
+    """-B of each row, (B,) float32, from its M masks.
 
     Args:
       model: a `Transformer`; objective: "llada" or "dream", how its logits lie.
       tokens, attention_mask: (B, T).
-      is_masked, weights: (B, S, T), of `draw_samples`.
+      is_masked, weights: (B, M, T), of `draw_samples`.
     """
     num_rows, num_samples, length = is_masked.shape
-    flat = lambda array: jnp.broadcast_to(array, is_masked.shape).reshape(-1, length)  # (B S, T)  # noqa: E731
+    flat = lambda array: jnp.broadcast_to(array, is_masked.shape).reshape(-1, length)  # (B M, T)  # noqa: E731
     noisy_tokens = flat(jnp.where(is_masked, mask_id, tokens[:, None]))
     body_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    hidden = model.hidden_states(noisy_tokens, flat(attention_mask[:, None]), dropout_key=body_key)  # (B S, T, D)
+    hidden = model.hidden_states(noisy_tokens, flat(attention_mask[:, None]), dropout_key=body_key)  # (B M, T, D)
     targets, weights = align_targets(flat(tokens[:, None]), flat(weights), objective)
     head = Head(*model.split_head(), model.config.vocab_size)
-    losses = scored_losses(head, hidden, targets, weights, head_key)  # (B S, T)
+    losses = scored_losses(head, hidden, targets, weights, head_key)  # (B M, T)
     return jnp.sum(losses.reshape(num_rows, -1), axis=1)
 
 

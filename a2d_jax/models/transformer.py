@@ -1,6 +1,6 @@
 """The one backbone: RMSNorm, rotary attention (grouped queries), SwiGLU, for LLaDA, Dream, LLaMA, Mistral and Qwen2.
 
-Axis letters, used in the whole package:
+Axis letters, used in the whole package (a file that needs others says them):
   B batch, T query positions, S key positions, D width, N query heads, K key/value heads, G = N / K, H head dim,
   F mlp width, V vocabulary rows, R adapter rank, L layers.
 
