@@ -59,7 +59,7 @@ class DataConfig:
     on_long_prompt: str = "error"
     weights: tuple[float, ...] | None = None
     harmful_share: float | None = None
-    pad_to: int = dataclasses.field(default=0, repr=False)  # see _fingerprint
+    pad_to: int = 0
 
     def __post_init__(self) -> None:
         if self.row_length < 1 or self.min_response < 1:
@@ -380,8 +380,6 @@ class BatchIterator(Iterator[Batch]):
 
 def _fingerprint(encoded: EncodedRows, config: DataConfig, eos_id: int, batch_size: int, seed: int) -> str:
     digest = hashlib.sha256(repr((config, eos_id, batch_size, seed)).encode())
-    if config.pad_to:  # left out when 0, so that it changes no fingerprint of a run without padding
-        digest.update(f"pad_to={config.pad_to}".encode())
     for array in (encoded.tokens, encoded.offsets, encoded.prompt_lengths, encoded.is_safe, encoded.file_index):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
