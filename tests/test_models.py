@@ -169,6 +169,7 @@ def test_published_configs_are_understood():
         ({"include_bias": True}, "include_bias=True with weight_tying=False.*bias"),
         ({"include_bias": True, "weight_tying": True, "bias_for_layer_norm": None}, "bias_for_layer_norm=None"),
         ({"bias_for_layer_norm": True}, "bias_for_layer_norm=True"),
+        ({"n_kv_heads": 3}, "4 attention heads and 3 key/value heads, which must divide the former"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
@@ -184,6 +185,14 @@ def test_a_null_bias_of_the_norms_is_that_of_the_other_layers():
         assert config.mlp_bias == config.out_bias == biases["include_bias"]
     null = ModelConfig.from_hf(hf_config | {"bias_for_layer_norm": None})
     assert dataclasses.replace(null, hf_text="") == dataclasses.replace(ModelConfig.from_hf(hf_config), hf_text="")
+
+
+@pytest.mark.parametrize("nothing", [None, -1, []])
+def test_a_special_token_that_is_none(nothing):
+    """LLaMA 1 wrote -1 for it."""
+    hf_config = load_config(FIXTURES / "llada_tiny").hf_config
+    config = ModelConfig.from_hf(hf_config | {"pad_token_id": nothing, "eos_token_id": nothing})
+    assert (config.pad_id, config.eos_id, config.padding_id) == (None, None, 0)
 
 
 def test_unknown_rope_scaling_is_refused():
