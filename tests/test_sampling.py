@@ -298,8 +298,10 @@ def test_rejected_rows_cost_one_pass_and_the_others_go_on(llada):
     assert np.isnan(np.asarray(guarded.eos_prob)[rejected, 1:]).all()
 
 
-def test_the_loop_ends_when_every_row_is_rejected(llada):
-    result = generate(llada, [[5, 6, 7]] * 2, SamplerConfig(gen_length=8, steps=8, reject_above=-1.0))
+@pytest.mark.parametrize("number", [float, jnp.float32])
+def test_the_loop_ends_when_every_row_is_rejected(llada, number):
+    """A threshold may come out of an array, as P([EOS]) of another decoding does."""
+    result = generate(llada, [[5, 6, 7]] * 2, SamplerConfig(gen_length=8, steps=8, reject_above=number(-1.0)))
     assert np.asarray(result.is_rejected).all() and (np.asarray(result.num_forward) == 1).all()
 
 
@@ -334,11 +336,28 @@ def test_lengths_that_do_not_divide(llada, settings, message):
         ({"block_length": 0}, "block_length=0; give 1 or more"),
         ({"block_length": -4}, "block_length=-4; give 1 or more"),
         ({"top_k": 0}, "top_k=0; give 1 or more"),
+        ({"reject_above": np.ones(2)}, r"reject_above has shape \(2,\); give one number"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llada", {"top_p": 0.9}),
+        ("llada", {"top_k": 2, "method": "llada"}),
+        ("dream", {"top_p": 0.9, "order": "left_to_right"}),
+    ],
+)
+def test_a_truncation_that_the_method_does_not_know_is_refused(request, family, settings):
+    model, config = request.getfixturevalue(family), SamplerConfig(gen_length=4, steps=4, **settings)
+    with pytest.raises(ValueError, match=f"do nothing on a {family} model .*use method='dream'"):
+        generate(model, [[1, 2]], config)
+    assert dataclasses.replace(config, method="dream").resolve(family).is_truncated
+    assert config.resolve("llama").is_truncated  # a causal model truncates whatever the order is called
 
 
 def test_a_padded_list_keeps_its_mask(llada):
