@@ -53,6 +53,16 @@ def test_padding_on_either_side_changes_nothing():
     np.testing.assert_allclose(np.asarray(model(right, attention_mask=is_real[:, ::-1]))[:, :12], alone, atol=ATOL)
 
 
+def test_tokens_and_mask_may_be_lists_but_must_be_rows():
+    model = load_pretrained(FIXTURES / "llada_tiny")
+    tokens, is_real = np.arange(1, 17)[None], np.arange(16)[None] >= 4
+    expected = model(tokens, attention_mask=is_real)
+    np.testing.assert_array_equal(model(tokens.tolist(), attention_mask=is_real.tolist()), expected)
+    for given in (tokens[0], tokens[0].tolist(), tokens.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"tokens have shape .* and dtype .*; give \(B, T\) token ids"):
+            model(given)
+
+
 def test_bfloat16_stays_within_the_originals_own_rounding():
     recorded = np.load(FIXTURES / "llada_tiny" / "forward_bf16.npz")
     exact = np.load(FIXTURES / "llada_tiny" / "forward.npz")["logits"]
