@@ -89,7 +89,7 @@ def extend(
     A monitor looks at P([EOS]) where the next token will stand, before every token; a row that it stops becomes [EOS].
 
     Args:
-      prompt: (B, P) int32, padded on the left.
+      prompt: (B, P) int32, padded on the left; at least one token a row.
       prompt_mask: (B, P) bool, False on that padding; None: there is none.
       config: gen_length, temperature, top_p, top_k, ban_eos, logits_eos_inf (the same here), ban_eot, reject_above and
         monitor count.
@@ -105,9 +105,15 @@ def extend(
         raise ValueError(f"config.json of this {model.config.family} model names no eos_token_id; add it.")
     if config.temperature > 0 and keys is None:
         raise ValueError(f"temperature={config.temperature} draws at random; pass key=jax.random.key(seed).")
-    tokens = np.pad(np.asarray(prompt, np.int32), ((0, 0), (0, gen_length)), constant_values=eos_id)
+    prompt = np.asarray(prompt, np.int32)
+    is_real = np.ones(prompt.shape, bool) if prompt_mask is None else np.asarray(prompt_mask, bool)
+    if not is_real.any(axis=1).all():
+        raise ValueError(
+            "a prompt is empty, and a causal model continues what is there; begin it with [BOS] or another token."
+        )
+    tokens = np.pad(prompt, ((0, 0), (0, gen_length)), constant_values=eos_id)
     if prompt_mask is not None:
-        prompt_mask = np.pad(np.asarray(prompt_mask, bool), ((0, 0), (0, gen_length)), constant_values=True)
+        prompt_mask = np.pad(is_real, ((0, 0), (0, gen_length)), constant_values=True)
     run = functools.partial(_extend, config=config.resolve(model.config.family), eos_id=eos_id)
     arguments = (*nnx.split(model), tokens, prompt_mask, keys)
     with under(mesh_of(model)):

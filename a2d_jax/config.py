@@ -132,6 +132,11 @@ class ModelConfig:
             config = _from_llada(hf_config) if family == "llada" else _from_llama_like(family, hf_config)
         except KeyError as error:
             raise ValueError(f"config.json of a {model_type} model lacks the key {error}; add it.") from error
+        if config.num_heads % config.num_kv_heads:
+            raise ValueError(
+                f"config.json has {config.num_heads} attention heads and {config.num_kv_heads} key/value heads, which "
+                "must divide the former; correct either number."
+            )
         return dataclasses.replace(config, hf_text=hf_text or json.dumps(dict(hf_config), indent=2) + "\n")
 
 
@@ -140,7 +145,7 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{os.fspath(folder)!r} has no config.json; give a Hugging Face folder with one.")
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", newline="") as file:  # line ends as they are: the text is written back
         text = file.read()
     try:
         hf_config = json.loads(text)
@@ -161,8 +166,10 @@ def _require(hf_config: Mapping[str, Any], **supported: Any) -> None:
 
 def _special_ids(hf_config: Mapping[str, Any]) -> dict[str, int | None]:
     def first(name: str) -> int | None:
-        value = hf_config.get(name)  # LLaMA 3 lists several [EOS] ids, the text's own first
-        return value[0] if isinstance(value, list) else value
+        value = hf_config.get(name)
+        if isinstance(value, list):  # LLaMA 3 lists several [EOS] ids, the text's own first
+            value = value[0] if value else None
+        return None if isinstance(value, int) and value < 0 else value  # LLaMA 1 wrote -1 for none
 
     names = {"mask_id": "mask_token_id", "eos_id": "eos_token_id", "bos_id": "bos_token_id", "pad_id": "pad_token_id"}
     names["refusal_token_id"] = "refusal_token_id"  # our own key

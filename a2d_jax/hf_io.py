@@ -358,7 +358,8 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
 
     Raises:
       ValueError: the model carries an unmerged adapter (call `merge_adapter`, or `save_adapter` for the adapter alone),
-        or compressed projections; or the folder holds a checkpoint of another kind, which would be loaded instead.
+        or compressed projections; its config was not read from a config.json; or the folder holds a checkpoint of
+        another kind, which would be loaded instead.
     """
     if model.lora is not None:
         raise ValueError(
@@ -406,6 +407,11 @@ def write_checkpoint(
       max_shard_bytes: see `save_pretrained`.
       more_json: file name -> content, of what another package's format has besides.
     """
+    if "model_type" not in config.hf_config:
+        raise ValueError(
+            f"the config of this {config.family} model has no model_type for config.json, without which the folder "
+            "cannot be loaded; make the config by ModelConfig.from_hf or load_config."
+        )
     folder = local_path(path)
     check_target(folder, is_other_format=bool(more_json))
     folder.mkdir(parents=True, exist_ok=True)

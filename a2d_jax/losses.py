@@ -29,12 +29,17 @@ def position_weights(batch: NoisedBatch, objective: str) -> jax.Array:
     Position 0 of Dream and of causal models has no logits before it and is never scored. A batch without masks has
     weights, and so a loss, of 0.
     """
-    is_scored, mask_prob = jnp.asarray(batch.is_masked), jnp.asarray(batch.mask_prob)
+    is_scored, is_response = jnp.asarray(batch.is_masked, bool), jnp.asarray(batch.is_response, bool)
+    mask_prob = jnp.asarray(batch.mask_prob)
+    if is_scored.ndim != 2 or is_response.shape != is_scored.shape:
+        raise ValueError(
+            f"is_masked has shape {is_scored.shape}, is_response {is_response.shape}; give (B, T) for both."
+        )
     if mask_prob.ndim == 1:
         mask_prob = mask_prob[:, None]
     if objective == "llada":
-        answer_length = jnp.sum(batch.is_response, axis=1, keepdims=True)  # (B, 1)
-        scale = 1.0 / (jnp.maximum(answer_length, 1) * batch.tokens.shape[0])
+        answer_length = jnp.sum(is_response, axis=1, keepdims=True)  # (B, 1)
+        scale = 1.0 / (jnp.maximum(answer_length, 1) * len(is_scored))
     elif objective in ("dream", "causal"):
         is_scored = is_scored.at[:, 0].set(False)
         scale = 1.0 / jnp.maximum(jnp.sum(is_scored), 1)
@@ -80,4 +85,10 @@ def a2d_loss(logits: jax.Array, batch: NoisedBatch, objective: str = "llada") ->
       batch: from `corrupt`, or for a causal model from `next_tokens`; its `tokens` are the targets.
       objective: "llada", "dream" or "causal".
     """
-    return weighted_loss(logits, batch.tokens, position_weights(batch, objective), objective)
+    targets, weights = jnp.asarray(batch.tokens), position_weights(batch, objective)
+    if not targets.shape == weights.shape == logits.shape[:-1]:
+        raise ValueError(
+            f"logits have shape {logits.shape}, batch.tokens {targets.shape}, batch.is_masked {weights.shape}; give "
+            "(B, T, V), (B, T) and (B, T)."
+        )
+    return weighted_loss(logits, targets, weights, objective)

@@ -31,6 +31,17 @@ class NoisedBatch(NamedTuple):
     is_safe: jax.Array  # (B,) bool
 
 
+def _as_arrays(tokens, is_response, is_safe) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows of one batch as arrays; ValueError where their shapes do not belong together."""
+    tokens, is_response, is_safe = jnp.asarray(tokens), jnp.asarray(is_response, bool), jnp.asarray(is_safe, bool)
+    if tokens.ndim != 2 or is_response.shape != tokens.shape or is_safe.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"tokens have shape {tokens.shape}, is_response {is_response.shape}, is_safe {is_safe.shape}; "
+            "give (B, T), (B, T) and (B,)."
+        )
+    return tokens, is_response, is_safe
+
+
 def corrupt(
     key: jax.Array,
     tokens: jax.Array,
@@ -54,6 +65,7 @@ def corrupt(
       eps: the smallest masking probability.
       time_range: t is uniform between these; two equal numbers fix it.
     """
+    tokens, is_response, is_safe = _as_arrays(tokens, is_response, is_safe)
     time_key, mask_key = jax.random.split(key)
     time = jax.random.uniform(time_key, (tokens.shape[0], 1))
     time = time_range[0] + (time_range[1] - time_range[0]) * time
@@ -78,6 +90,7 @@ def next_tokens(tokens: jax.Array, is_response: jax.Array, is_safe: jax.Array, *
 
     Args: as in `corrupt`; `eos_id` is [EOS] itself, which also tells where a response ends.
     """
+    tokens, is_response, is_safe = _as_arrays(tokens, is_response, is_safe)
     is_end = is_response & (tokens == eos_id)
     num_ends_before = jnp.cumsum(is_end, axis=1) - is_end  # (B, T)
     return NoisedBatch(

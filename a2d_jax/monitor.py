@@ -24,6 +24,16 @@ import numpy as np
 _ALMOST_0 = 2.0**-24  # float32 knows no probability between 1 - this and 1
 
 
+def as_plain_numbers(settings) -> None:
+    """Turns the NumPy and JAX scalars in a frozen dataclass into Python's numbers: JAX's do not hash, settings must."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+            if value.ndim:
+                raise ValueError(f"{field.name} has shape {value.shape}; give one number.")
+            object.__setattr__(settings, field.name, value.item())
+
+
 class Monitor(Protocol):
     """Anything hashable with a threshold and a score; a row whose score is above the threshold stops."""
 
@@ -55,6 +65,9 @@ class EosMonitor:
     threshold: float
     num_steps: int | None = 1
     num_positions: int | None = 1
+
+    def __post_init__(self):
+        as_plain_numbers(self)
 
     def score(self, step: jax.Array, tokens: jax.Array, eos_prob: jax.Array) -> jax.Array:
         del tokens

@@ -48,7 +48,7 @@ def read_peft_config(folder: str | os.PathLike) -> PeftConfig:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_NAME}; give a PEFT adapter folder.")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8")  # line ends as they are: the text is written back
     try:
         settings = json.loads(text)
         rank, alpha, targets = settings["r"], settings["lora_alpha"], settings["target_modules"]
@@ -58,7 +58,7 @@ def read_peft_config(folder: str | os.PathLike) -> PeftConfig:
             f"{path} is not a LoRA configuration ({error!r}); it needs r, lora_alpha, target_modules."
         ) from error
     for key, value in (_SUPPORTED | {"alora_invocation_tokens": None}).items():
-        if settings.get(key, value) not in (value, None):
+        if settings.get(key, value) not in (value, None, [], {}):  # PEFT takes an empty list for null
             raise ValueError(f"{path} has {key}={settings[key]!r}; only {key}={value!r} is computed here.")
     if (init := settings.get("init_lora_weights")) not in _INITS:
         raise ValueError(

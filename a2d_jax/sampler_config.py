@@ -3,7 +3,8 @@
 import dataclasses
 
 from a2d_jax import orders
-from a2d_jax.monitor import Monitor, first_step
+from a2d_jax.config import DIFFUSION_FAMILIES
+from a2d_jax.monitor import Monitor, as_plain_numbers, first_step
 
 CACHES = ("prefix", "dual")
 DREAM_ORDERS = {"origin": "random", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
@@ -36,7 +37,9 @@ class SamplerConfig:
         (n + 1)(1 - probability of the n-th) < factor.
       stop_after_eos: a row whose finished block ends in [EOS] is done, its tail is [EOS]. Changes the tail only: what
         would have been written there is not.
-      top_p, top_k, order_temperature (Dream's alg_temp): of the "dream" method.
+      top_p, top_k: only the most likely tokens of a position count; under the "dream" method, and for causal models at
+        a temperature. With the "llada" method decoding refuses them.
+      order_temperature: noise in the order of the positions (Dream's alg_temp), under both methods.
       eps: last point of Dream's time grid.
       method: "llada" or "dream" rules, see `a2d_jax/orders.py`; None: those of the model's family, where A2D's orders
         left_to_right and right_to_left have LLaDA's even schedule on every model.
@@ -73,6 +76,7 @@ class SamplerConfig:
     count_prompt_masks: bool = True
 
     def __post_init__(self):
+        as_plain_numbers(self)
         if self.order not in orders.ORDERS:
             raise ValueError(f"order={self.order!r}; choose one of {orders.ORDERS} (Dream's names: {DREAM_ORDERS}).")
         if self.method not in (None, *orders.METHODS):
@@ -98,9 +102,14 @@ class SamplerConfig:
                 raise ValueError(f"{name} needs eot_id, the tokenizer's end-of-turn id.")
 
     def resolve(self, family: str) -> "SamplerConfig":
-        """The same settings with what depends on the model's family filled in."""
+        """The same settings with what depends on the model's family filled in; ValueError where it cannot truncate."""
         has_dream_order = self.order in DREAM_ORDERS.values()
         method = self.method or ("dream" if family != "llada" and has_dream_order else "llada")
+        if self.is_truncated and method == "llada" and family in DIFFUSION_FAMILIES:
+            raise ValueError(
+                f"top_p={self.top_p}, top_k={self.top_k} do nothing on a {family} model with order={self.order!r}, "
+                f"method={self.method!r}: the llada method draws from all tokens; use method='dream'."
+            )
         monitor = self.monitor if self.reject_above is None else first_step(self.reject_above)
         return dataclasses.replace(self, method=method, reject_above=None, monitor=monitor)
 

@@ -154,12 +154,17 @@ def response_rows(prompt, prompt_mask, config: SamplerConfig, num_blocks: int, m
 
 
 def special_ids(model: Transformer) -> tuple[int, int]:
-    """The ids of [MASK] and [EOS]; ValueError where the model has none."""
+    """The ids of [MASK] and [EOS]; ValueError where the model has none, or no row of its embedding for them."""
     mask_id, eos_id = model.config.mask_id, model.config.eos_id
     if mask_id is None or eos_id is None:
         raise ValueError(
             f"config.json of this {model.config.family} model has mask_token_id={mask_id}, eos_token_id={eos_id}; "
             "unmasking needs both: add them, or use a masked-diffusion checkpoint."
+        )
+    if max(mask_id, eos_id) >= model.config.vocab_size:
+        raise ValueError(
+            f"config.json has mask_token_id={mask_id}, eos_token_id={eos_id}, but the model's ids are 0 to "
+            f"{model.config.vocab_size - 1}; take config.json and the weights of the same checkpoint."
         )
     return mask_id, eos_id
 
@@ -189,6 +194,45 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np
     return tokens, np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
 
 
+def token_rows(model, name: str, given, mask, mask_name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a caller gives as tokens (B, P) int32 and a mask of them, None: all are real. Lists are padded on the left.
+
+    Raises:
+      ValueError: anything but rows of the model's token ids, or a mask of another shape; `name` and `mask_name` are
+        what the caller knows them by.
+    """
+    needed = (
+        f"give (B, T) token ids or a list of token lists, for a single one [{name}]; tokenizer.encode_prompt makes one "
+        "of a text."
+    )
+    if isinstance(given, (list, tuple)):
+        rows = [np.asarray(row, None if np.size(row) else np.int32) for row in given]  # of [] NumPy would make floats
+        for row in rows:
+            if row.ndim != 1 or row.dtype.kind not in "iu":
+                raise ValueError(f"{name} is a list with {row.tolist()!r:.60}, which is no list of token ids; {needed}")
+        if rows and mask is None:
+            given, mask = pad_left(rows, model.config.padding_id)
+        elif len({len(row) for row in rows}) > 1:
+            raise ValueError(f"{mask_name} with prompts of several lengths: leave it out, and they are padded here.")
+        else:
+            given = rows
+    tokens = np.asarray(given)
+    if tokens.ndim != 2 or not len(tokens) or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{name} has shape {tokens.shape} and dtype {tokens.dtype}; {needed}")
+    is_unknown = (tokens < 0) | (tokens >= model.config.vocab_size)
+    if mask is not None:
+        mask = np.asarray(mask, bool)
+        if mask.shape != tokens.shape:
+            raise ValueError(f"{mask_name} has shape {mask.shape}, {name} {tokens.shape}: give equal ones.")
+        is_unknown &= mask
+    if is_unknown.any():
+        raise ValueError(
+            f"{name} has the token id {tokens[is_unknown][0]}, but the model's ids are 0 to "
+            f"{model.config.vocab_size - 1}; encode the text with the model's own tokenizer."
+        )
+    return tokens.astype(np.int32), mask
+
+
 def generate(
     model, prompt, config=None, key=None, *, prompt_mask=None, draws: Draws | None = None, trace: bool = False
 ) -> SampleResult:
@@ -201,18 +245,16 @@ def generate(
       prompt: (B, P) int array, or a list of token lists of any lengths (padded on the left here).
       config: SamplerConfig.
       key: for temperature or a random order.
-      prompt_mask: (B, P) bool, False on left padding, where `prompt` is padded already.
+      prompt_mask: (B, P) bool, False on left padding, where `prompt` is padded already; padding elsewhere is refused.
       draws: recorded uniforms instead of the key.
       trace: also record what a replay needs, (B, passes, P + gen_length) numbers.
     """
     config = config or SamplerConfig()
-    if isinstance(prompt, (list, tuple)):
-        if prompt_mask is None:
-            prompt, prompt_mask = pad_left(prompt, model.config.padding_id)
-        elif len({len(row) for row in prompt}) > 1:
-            raise ValueError("prompt_mask with prompts of several lengths: leave it out, and they are padded here.")
-        else:
-            prompt = np.asarray(prompt, np.int32)
+    prompt, prompt_mask = token_rows(model, "prompt", prompt, prompt_mask, "prompt_mask")
+    if prompt_mask is not None and np.any(prompt_mask[:, :-1] & ~prompt_mask[:, 1:]):
+        raise ValueError(
+            "prompt_mask is False behind a token; move the padding to the left, or give a list of token lists alone."
+        )
     if model.config.is_causal:
         if trace:
             raise ValueError("a causal model fills no masks, so there is nothing to replay; leave the trace out.")
@@ -237,19 +279,19 @@ def infill(
     """Fills every mask id in place, in the order the config names; gen_length and block_length play no part.
 
     Args:
-      tokens: (B, T) int array that holds mask ids.
-      attention_mask: (B, T) bool, False on padding.
+      tokens: (B, T) int array that holds mask ids, or a list of token lists of any lengths (padded on the left here).
+      attention_mask: (B, T) bool, False on padding, where `tokens` is padded already.
       draws, trace: as in `generate`.
     """
     config = config or SamplerConfig()
     mask_id, _ = special_ids(model)
-    tokens = np.asarray(tokens, np.int32)
+    tokens, attention_mask = token_rows(model, "tokens", tokens, attention_mask, "attention_mask")
     is_blank = tokens == mask_id
     if not is_blank.any():
         raise ValueError(
             f"the text holds no mask id ({mask_id}), so nothing is to fill; write <mask:N> where it should."
         )
     if attention_mask is not None:
-        is_blank &= np.asarray(attention_mask, bool)
+        is_blank &= attention_mask
     plan = infill_plan(config, model.config.family, tokens.shape[1], int(is_blank.sum(axis=1).max()))
     return _run(model, tokens, np.where(is_blank, 0, 1), attention_mask, plan, key, draws, trace)

@@ -52,3 +52,9 @@ def test_a_temperature_draws_by_the_key_and_needs_one(folder):
     assert (np.asarray(first) != np.asarray(other)).any()
     with pytest.raises(ValueError, match="pass key="):
         a2d_jax.generate(model, PROMPTS, config)
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[], [5, 6]], np.zeros((2, 0), np.int32)])
+def test_an_empty_prompt_is_refused(folder, prompts):
+    with pytest.raises(ValueError, match="a prompt is empty.*begin it with"):
+        a2d_jax.generate(a2d_jax.load_pretrained(folder), prompts, a2d_jax.SamplerConfig(gen_length=4, steps=4))

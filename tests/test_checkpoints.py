@@ -1,5 +1,6 @@
 """Folders in and out: byte-equal round trips, adapters in PEFT's layout, Orbax, and the errors of damaged folders."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -50,10 +51,15 @@ def llada(tmp_path):
     return tmp_path / "llada"
 
 
-@pytest.mark.parametrize("folder", ["llada_tiny", "llada_tiny_sharded", "dream_tiny"])
-def test_a_folder_comes_back_byte_for_byte(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "line_end"),
+    [("llada_tiny", b"\n"), ("llada_tiny_sharded", b"\n"), ("dream_tiny", b"\n"), ("dream_tiny", b"\r\n")],
+)
+def test_a_folder_comes_back_byte_for_byte(folder, line_end, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / folder, source, ignore=shutil.ignore_patterns("*.npz", "generation_config.json"))
+    config = source / "config.json"
+    config.write_bytes(config.read_bytes().replace(b"\n", line_end))
     a2d_jax.save_pretrained(a2d_jax.load_pretrained(source), tmp_path / "back")
     same_files(tmp_path / "back", source)
 
@@ -205,6 +211,15 @@ def test_a_folder_that_loads_as_another_checkpoint_is_no_target(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_config_made_by_hand_is_not_written(tmp_path):
+    """It has no config.json to write, and without one nothing can be loaded."""
+    model = a2d_jax.load_pretrained(FIXTURES / "llada_tiny")
+    model.config = dataclasses.replace(model.config, hf_text="{}")
+    with pytest.raises(ValueError, match="no model_type for config.json.*ModelConfig.from_hf"):
+        a2d_jax.save_pretrained(model, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(llada, tmp_path):
     a2d_jax.save_pretrained(a2d_jax.load_pretrained(llada), tmp_path / "target")
     limit = f"""
@@ -344,6 +359,22 @@ def test_how_an_adapter_was_drawn_does_not_matter_where_the_base_is_left_alone(s
     assert read_peft_config(tmp_path / "adapter").rank == 4
 
 
+@pytest.mark.parametrize(
+    ("change", "line_end"),
+    [
+        ({"modules_to_save": [], "layers_to_transform": [], "rank_pattern": None}, b"\n"),  # all of it: nothing
+        ({}, b"\r\n"),
+    ],
+)
+def test_an_adapters_configuration_comes_back_as_it_was(change, line_end, tmp_path):
+    adapter = Path(shutil.copytree(FIXTURES / "llada_lora", tmp_path / "adapter"))
+    path = adapter / "adapter_config.json"
+    text = json.dumps(json.loads(path.read_text()) | change, indent=2)
+    path.write_bytes(text.encode().replace(b"\n", line_end))
+    a2d_jax.save_adapter(a2d_jax.load_pretrained(FIXTURES / "llada_tiny", adapter=adapter), tmp_path / "back")
+    assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_an_adapter_of_another_model_is_refused_with_its_names():
     with pytest.raises(ValueError, match="extra: base_model.model.model.model.layers.0.mlp.up_proj.lora_A.weight"):
         a2d_jax.load_pretrained(FIXTURES / "llada_tiny", adapter=FIXTURES / "dream_lora")
@@ -353,6 +384,14 @@ def test_an_unknown_lora_target_is_refused_with_the_known_ones():
     model = a2d_jax.load_pretrained(FIXTURES / "dream_tiny")
     with pytest.raises(ValueError, match=r"\['ff_proj'\].*gate_proj"):
         add_lora(model, LoRAConfig(targets=("q_proj", "ff_proj")), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "q_proj"])
+def test_lora_targets_may_be_a_list_or_one_name(targets):
+    model = a2d_jax.load_pretrained(FIXTURES / "dream_tiny")
+    add_lora(model, LoRAConfig(rank=2, targets=targets), nnx.Rngs(0))
+    assert model(np.arange(8)[None]).shape == (1, 8, model.config.vocab_size)
+    assert model.blocks.q_proj.lora_a is not None and model.blocks.k_proj.lora_a is None
 
 
 def test_on_llada_ff_out_adapts_the_head_too():

@@ -188,6 +188,22 @@ def test_a_batch_of_numpy_arrays_with_one_probability_a_row_has_the_same_loss(ob
     batch = NoisedBatch(tokens, tokens, is_masked, prob, is_masked, np.array([True] * 4))
     expected = a2d_jax.a2d_loss(logits, jax.tree.map(jnp.asarray, batch._replace(mask_prob=prob[:, None])), objective)
     np.testing.assert_allclose(a2d_jax.a2d_loss(logits, batch, objective), expected, rtol=1e-6)
+    lists = NoisedBatch(*(field.tolist() for field in batch))
+    np.testing.assert_allclose(a2d_jax.a2d_loss(logits, lists, objective), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": np.ones((2, 2, 3), int)}, r"batch.tokens \(2, 2, 3\)"),
+        ({"is_response": np.ones((2, 1), bool)}, r"is_response \(2, 1\)"),
+    ],
+)
+def test_a_batch_of_other_shapes_has_no_loss(changes, message):
+    whole = np.ones((2, 3), bool)
+    batch = NoisedBatch(whole * 1, whole * 1, whole, whole * 0.5, whole, np.ones(2, bool))._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        a2d_jax.a2d_loss(np.zeros((2, 3, 4), np.float32), batch)
 
 
 @pytest.mark.parametrize("objective", ["llada", "dream"])

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from a2d_jax.masking import corrupt
+from a2d_jax.masking import corrupt, next_tokens
 
 MASK, EOS, EPS = 99, 98, 1e-3
 
@@ -63,3 +64,23 @@ def test_another_key_draws_other_masks_and_the_same_key_the_same():
     _, other = draw(64, seed=1)
     np.testing.assert_array_equal(first.is_masked, again.is_masked)
     assert (first.is_masked != other.is_masked).any()
+
+
+def test_lists_and_integer_flags_are_arrays_of_bools():
+    tokens, is_response, is_safe = [[1, 2, 3, 4], [5, 6, 7, 8]], [[0, 1, 1, 1], [0, 0, 1, 1]], [1, 0]
+    given = corrupt(jax.random.key(0), tokens, is_response, is_safe, mask_id=MASK, eos_id=EOS)
+    arrays = jnp.array(tokens), jnp.array(is_response, bool), jnp.array(is_safe, bool)
+    for field, expected in zip(given, corrupt(jax.random.key(0), *arrays, mask_id=MASK, eos_id=EOS), strict=True):
+        assert field.dtype == expected.dtype
+        np.testing.assert_array_equal(field, expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_response", "is_safe"), [((2, 4), (2, 4), (2, 1)), ((2, 4), (2, 1), (2,)), ((4,), (4,), (4,))]
+)
+def test_shapes_that_do_not_belong_together_are_refused(tokens, is_response, is_safe):
+    rows = np.ones(tokens, np.int32), np.ones(is_response, bool), np.ones(is_safe, bool)
+    with pytest.raises(ValueError, match=r"is_safe \(.*give \(B, T\), \(B, T\) and \(B,\)"):
+        corrupt(jax.random.key(0), *rows, mask_id=MASK, eos_id=EOS)
+    with pytest.raises(ValueError, match=r"is_safe \(.*give \(B, T\), \(B, T\) and \(B,\)"):
+        next_tokens(*rows, eos_id=EOS)

@@ -53,6 +53,16 @@ def test_padding_on_either_side_changes_nothing():
     np.testing.assert_allclose(np.asarray(model(right, attention_mask=is_real[:, ::-1]))[:, :12], alone, atol=ATOL)
 
 
+def test_tokens_and_mask_may_be_lists_but_must_be_rows():
+    model = load_pretrained(FIXTURES / "llada_tiny")
+    tokens, is_real = np.arange(1, 17)[None], np.arange(16)[None] >= 4
+    expected = model(tokens, attention_mask=is_real)
+    np.testing.assert_array_equal(model(tokens.tolist(), attention_mask=is_real.tolist()), expected)
+    for given in (tokens[0], tokens[0].tolist(), tokens.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"tokens have shape .* and dtype .*; give \(B, T\) token ids"):
+            model(given)
+
+
 def test_bfloat16_stays_within_the_originals_own_rounding():
     recorded = np.load(FIXTURES / "llada_tiny" / "forward_bf16.npz")
     exact = np.load(FIXTURES / "llada_tiny" / "forward.npz")["logits"]
@@ -169,6 +179,7 @@ def test_published_configs_are_understood():
         ({"include_bias": True}, "include_bias=True with weight_tying=False.*bias"),
         ({"include_bias": True, "weight_tying": True, "bias_for_layer_norm": None}, "bias_for_layer_norm=None"),
         ({"bias_for_layer_norm": True}, "bias_for_layer_norm=True"),
+        ({"n_kv_heads": 3}, "4 attention heads and 3 key/value heads, which must divide the former"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
@@ -184,6 +195,14 @@ def test_a_null_bias_of_the_norms_is_that_of_the_other_layers():
         assert config.mlp_bias == config.out_bias == biases["include_bias"]
     null = ModelConfig.from_hf(hf_config | {"bias_for_layer_norm": None})
     assert dataclasses.replace(null, hf_text="") == dataclasses.replace(ModelConfig.from_hf(hf_config), hf_text="")
+
+
+@pytest.mark.parametrize("nothing", [None, -1, []])
+def test_a_special_token_that_is_none(nothing):
+    """LLaMA 1 wrote -1 for it."""
+    hf_config = load_config(FIXTURES / "llada_tiny").hf_config
+    config = ModelConfig.from_hf(hf_config | {"pad_token_id": nothing, "eos_token_id": nothing})
+    assert (config.pad_id, config.eos_id, config.padding_id) == (None, None, 0)
 
 
 def test_unknown_rope_scaling_is_refused():

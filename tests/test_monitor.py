@@ -112,6 +112,14 @@ def test_calibration_needs_scores_and_a_share(scores, rate, message):
         calibrate(scores, rate)
 
 
+def test_a_monitors_numbers_may_be_scalars_of_arrays():
+    scores = jnp.array([0.5, 0.75])
+    monitor = any_position(scores[0], num_positions=np.int64(2))
+    assert monitor == any_position(0.5, num_positions=2) and hash(monitor) == hash(any_position(0.5, num_positions=2))
+    with pytest.raises(ValueError, match=r"threshold has shape \(2,\); give one number"):
+        any_step(scores)
+
+
 def test_two_monitors_are_refused():
     with pytest.raises(ValueError, match="is a monitor too"):
         SamplerConfig(reject_above=0.5, monitor=any_step(0.9))

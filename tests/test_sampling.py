@@ -298,8 +298,10 @@ def test_rejected_rows_cost_one_pass_and_the_others_go_on(llada):
     assert np.isnan(np.asarray(guarded.eos_prob)[rejected, 1:]).all()
 
 
-def test_the_loop_ends_when_every_row_is_rejected(llada):
-    result = generate(llada, [[5, 6, 7]] * 2, SamplerConfig(gen_length=8, steps=8, reject_above=-1.0))
+@pytest.mark.parametrize("number", [float, jnp.float32])
+def test_the_loop_ends_when_every_row_is_rejected(llada, number):
+    """A threshold may come out of an array, as P([EOS]) of another decoding does."""
+    result = generate(llada, [[5, 6, 7]] * 2, SamplerConfig(gen_length=8, steps=8, reject_above=number(-1.0)))
     assert np.asarray(result.is_rejected).all() and (np.asarray(result.num_forward) == 1).all()
 
 
@@ -334,11 +336,67 @@ def test_lengths_that_do_not_divide(llada, settings, message):
         ({"block_length": 0}, "block_length=0; give 1 or more"),
         ({"block_length": -4}, "block_length=-4; give 1 or more"),
         ({"top_k": 0}, "top_k=0; give 1 or more"),
+        ({"reject_above": np.ones(2)}, r"reject_above has shape \(2,\); give one number"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llada", {"top_p": 0.9}),
+        ("llada", {"top_k": 2, "method": "llada"}),
+        ("dream", {"top_p": 0.9, "order": "left_to_right"}),
+    ],
+)
+def test_a_truncation_that_the_method_does_not_know_is_refused(request, family, settings):
+    model, config = request.getfixturevalue(family), SamplerConfig(gen_length=4, steps=4, **settings)
+    with pytest.raises(ValueError, match=f"do nothing on a {family} model .*use method='dream'"):
+        generate(model, [[1, 2]], config)
+    assert dataclasses.replace(config, method="dream").resolve(family).is_truncated
+    assert config.resolve("llama").is_truncated  # a causal model truncates whatever the order is called
+
+
+@pytest.mark.parametrize("decode", [generate, infill])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([5, 257, 7], "is a list with 5, which is no list of token ids.*for a single one "),
+        (["What is lime?"], "is a list with 'What is lime\\?', .*tokenizer.encode_prompt"),
+        ([[5.0, 257.0]], r"is a list with \[5.0, 257.0\]"),
+        ([], r"has shape \(0,\)"),
+        (np.array([5, 257, 7]), r"has shape \(3,\)"),
+        (np.zeros((0, 3), np.int32), r"has shape \(0, 3\)"),
+        (np.array([[5.0, 257.0]]), "dtype float64"),
+        ([[5, 257], [6, 257, 272]], "has the token id 272, but the model's ids are 0 to 271"),
+        (np.array([[5, 257, -1]]), "has the token id -1, "),
+    ],
+)
+def test_what_holds_no_rows_of_the_models_tokens_is_refused(llada, decode, given, message):
+    with pytest.raises(ValueError, match=message):
+        decode(llada, given, SamplerConfig(gen_length=4, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[True, True, False]], "False behind a token; move the padding to the left"),
+        ([[True]], r"prompt_mask has shape \(1, 1\), prompt \(1, 3\)"),
+    ],
+)
+def test_a_prompt_is_padded_on_the_left(llada, mask, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llada, np.array([[5, 6, 7]]), SamplerConfig(gen_length=4, steps=4), prompt_mask=mask)
+
+
+def test_texts_of_several_lengths_are_padded_for_infilling_too(llada):
+    mask_id = llada.config.mask_id
+    result = infill(llada, [[5, mask_id, 7], [mask_id, 9]])
+    padded, mask = [[5, mask_id, 7], [-1, mask_id, 9]], [[True, True, True], [False, True, True]]  # by hand, unseen
+    np.testing.assert_array_equal(result.tokens[:, 1:], infill(llada, padded, attention_mask=mask).tokens[:, 1:])
 
 
 def test_a_padded_list_keeps_its_mask(llada):
@@ -361,8 +419,16 @@ def test_randomness_needs_a_key(llada):
         generate(llada, [[1, 2]], SamplerConfig(gen_length=4, steps=4, temperature=1.0))
 
 
-def test_a_model_without_a_mask_id_is_refused(llada):
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"mask_id": None}, "mask_token_id=None"),
+        ({"mask_id": 272}, "mask_token_id=272, .* but the model's ids are 0 to 271"),
+        ({"eos_id": 300}, "eos_token_id=300, but the model's ids are 0 to 271"),
+    ],
+)
+def test_a_model_without_a_mask_id_is_refused(llada, ids, message):
     model = nnx.clone(llada)
-    model.config = dataclasses.replace(model.config, mask_id=None)
-    with pytest.raises(ValueError, match="mask_token_id=None"):
+    model.config = dataclasses.replace(model.config, **ids)
+    with pytest.raises(ValueError, match=message):
         generate(model, [[1, 2]], SamplerConfig(gen_length=4, steps=4))

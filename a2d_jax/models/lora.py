@@ -27,12 +27,19 @@ DEFAULT_TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Adapter settings; the defaults are the A2D paper's. Empty `targets`: the family's default."""
+    """Adapter settings; the defaults are the A2D paper's. Empty `targets`: the family's default.
+
+    `targets` may be given as any sequence of names, or as one name.
+    """
 
     rank: int = 32
     alpha: float = 64.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets or ())
+        object.__setattr__(self, "targets", targets)  # a list does not hash, and programs are compiled for it
 
     @property
     def scale(self) -> float:

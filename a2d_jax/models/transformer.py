@@ -377,13 +377,22 @@ class Transformer(nnx.Module):
         """Logits of every position.
 
         Args:
-          tokens: (B, T) int32.
+          tokens: (B, T) int32, an array or a list of equally long lists.
           attention_mask: (B, T) bool, False = padding, seen by no other position; None: every token is real.
           positions: (B, T) int32 rotary positions; default 0 .. T - 1.
           dropout_key: switches the adapter's dropout on (training only).
         Returns:
           (B, T, V) float32. Those of Dream and the causal families at position i are for token i + 1.
         """
+        if isinstance(tokens, (list, tuple)):
+            tokens = jnp.asarray(tokens)
+        if isinstance(attention_mask, (list, tuple)):
+            attention_mask = jnp.asarray(attention_mask)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give (B, T) token ids, for a single row "
+                "[tokens]."
+            )
         graphdef, state = nnx.split(self)
         return _forward(graphdef, state, tokens, attention_mask, positions, dropout_key)
 
