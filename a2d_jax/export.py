@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path
 from a2d_jax.folders import TRAIN_CONFIG_NAME, check_target, hf_folder
-from a2d_jax.hf_io import INDEX_NAME, save_pretrained
+from a2d_jax.hf_io import INDEX_NAME, check_dense, save_pretrained
 from a2d_jax.models.lora import merge_adapter
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import save_adapter
@@ -43,7 +43,7 @@ def export(
 
     Raises:
       ValueError: a target that is the checkpoint itself, its base or a checkpoint of another kind, or lies in an object
-        store; no adapter where one is asked for, or a base for what is no adapter.
+        store; no adapter where one is asked for, or a base for what is no adapter; compressed projections.
     """
     checkpoint, target = str(checkpoint), local_path(target)
     own = [Path(folder).resolve() for folder in (checkpoint, base_model_of(checkpoint)) if folder]
@@ -62,6 +62,7 @@ def export(
         save_adapter(model, target, base_model_name_or_path=base or base_model_of(checkpoint))
         print(f"wrote the PEFT adapter (r={model.lora.rank}, alpha={model.lora.alpha:g}) to {target}")
         return
+    check_dense(model)  # before the files of a packed folder, its manifest among them, are copied
     merge_adapter(model)
     if dtype:
         model.config = model.config.with_dtype(dtype)

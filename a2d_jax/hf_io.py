@@ -345,6 +345,12 @@ def plan_files(config: ModelConfig, sizes: Mapping[str, int], max_shard_bytes: i
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
 
 
+def check_dense(model: Transformer) -> None:
+    """ValueError where projections of the model are compressed."""
+    if compressed := [name for name in projections(model.config) if not hasattr(model.projection(name), "kernel")]:
+        raise ValueError(f"{', '.join(compressed)} are compressed; write them with `python -m odlri_jax.export`.")
+
+
 def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes: int | None = None) -> None:
     """Writes `config.json` and safetensors under the family's Hugging Face names, in the dtype the config names.
 
@@ -365,8 +371,7 @@ def save_pretrained(model: Transformer, path: str | os.PathLike, max_shard_bytes
         raise ValueError(
             "the model carries an unmerged adapter; merge_adapter(model) first, or save_adapter(model, path)."
         )
-    if compressed := [name for name in projections(model.config) if not hasattr(model.projection(name), "kernel")]:
-        raise ValueError(f"{', '.join(compressed)} are compressed; write them with `python -m odlri_jax.export`.")
+    check_dense(model)
     state = nnx.state(model)
     save_dense(model.config, lambda name, dtype: read_tensor(state, name, dtype), path, max_shard_bytes)
 

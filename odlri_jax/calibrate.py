@@ -88,8 +88,8 @@ class CalibrateConfig:
     mesh: tuple[int, ...] | None = None
 
 
-def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
-    """The calibration windows; ValueError where there is not a single one."""
+def read_windows(config: CalibrateConfig, model: ModelConfig) -> tuple[Windows, str]:
+    """The calibration windows, and for rows what was cut and padded; ValueError where there is not a single one."""
     given = [name for name in ("text", "tokens", "rows") if getattr(config, name)]
     if len(given) != 1:
         raise ValueError(f"--text, --tokens and --rows: give one of them, not {' and '.join(given) or 'none'}.")
@@ -97,11 +97,11 @@ def read_windows(config: CalibrateConfig, model: ModelConfig) -> Windows:
     if path and not Path(path).is_file():
         raise ValueError(f"no file {path!r} to calibrate on; give a text (--text) or a .npy of ids (--tokens).")
     if config.tokens:
-        return token_windows(path, model.vocab_size, config.context_length, config.num_windows, model.max_length)
+        return token_windows(path, model.vocab_size, config.context_length, config.num_windows, model.max_length), ""
     tokenizer = load_tokenizer(hf_folder(config.checkpoint))
     if config.rows:
         return row_windows(config.rows, tokenizer, config.context_length, config.num_windows, model.max_length)
-    return text_windows(path, tokenizer, config.context_length, config.num_windows, model.max_length)
+    return text_windows(path, tokenizer, config.context_length, config.num_windows, model.max_length), ""
 
 
 def settings_of(config: CalibrateConfig, model: ModelConfig, windows: Windows) -> dict[str, Any]:
@@ -130,13 +130,14 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `out` was completed; ValueError where it was begun with other settings, or nobody knows with which.
 
     Compared is what it noted: `weights` are known once the model is loaded, `stored_weights` are not in older folders.
+    A folder without layers, such as a run leaves that was out of memory, holds nothing that depends on its settings.
     """
     is_complete = (out / CALIBRATION_NAME).is_file()
     path = out / (CALIBRATION_NAME if is_complete else UNFINISHED_NAME)
-    if not path.is_file():
-        if any(out.glob("layer_*.safetensors")):
-            raise ValueError(f"{out} holds layers without {UNFINISHED_NAME}, of unknown settings; give another --out.")
+    if not is_complete and not any(out.glob("layer_*.safetensors")) and not (out / layer_file(None)).is_file():
         return False
+    if not path.is_file():
+        raise ValueError(f"{out} holds layers without {UNFINISHED_NAME}, of unknown settings; give another --out.")
     before = read_calibration_json(path)
     if changes := differences(before, settings, [name for name in settings if name in before]):
         raise ValueError(f"{out} was begun with other settings ({changes}); repeat those or give another --out.")
@@ -237,7 +238,7 @@ def run(config: CalibrateConfig, is_dry_run: bool = False) -> bool:
             f"--batch_size={config.batch_size} does not split over the {num_ways} batch shards of the mesh; give a "
             f"multiple of {num_ways}."
         )
-    windows = read_windows(config, model_config)
+    windows, note = read_windows(config, model_config)
     settings = settings_of(config, model_config, windows)
     num_layers = model_config.num_layers
     groups = layer_groups(num_layers, config.layers_per_group)
@@ -256,7 +257,8 @@ def run(config: CalibrateConfig, is_dry_run: bool = False) -> bool:
         f"{config.dtype}; devices: {dict(mesh.shape) if mesh else 1}"
         f" on {jax.process_count()} hosts\n"
         f"{settings['source']}: {num_windows} windows (of {config.num_windows} asked for) of {context_length} tokens, "
-        f"{settings['num_tokens']} in all, {noise}; {num_batches} batches of {config.batch_size}\n"
+        f"{settings['num_tokens']} in all, {noise}; {num_batches} batches of {config.batch_size}"
+        f"{note and f'; {note}'}\n"
         f"{len(groups)} groups of up to {len(groups[0])} layers, a pass over the batches each; sums of a group "
         f"{group_bytes / 2**30:.2f} GiB, over {mesh.size if mesh else 1} device(s); {len(groups) - len(todo)} done\n"
         f"writes {out}"
@@ -317,8 +319,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "context_length",
         None,
-        f"tokens of a window; default: T of --tokens, the longest row, or {DEFAULT_CONTEXT_LENGTH}; at most what the "
-        "model takes and the text has",
+        f"tokens of a window; default: T of --tokens, the longest row taken, or {DEFAULT_CONTEXT_LENGTH}; at most what "
+        "the model takes and the text has",
         lower_bound=1,
     )
     flags.DEFINE_integer("num_windows", 256, "windows at most", lower_bound=1)

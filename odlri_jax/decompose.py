@@ -102,7 +102,7 @@ def _alternate(w, factors, signs, low_rank_start, key, config: DecomposeConfig, 
         return carry, (relative(after_q), error, jnp.mean(scale))
 
     rank = config.rank
-    pair = QuantizedFactors(jnp.zeros((m, rank)), jnp.zeros((rank, n)), one, one, jnp.inf * one)
+    pair = QuantizedFactors(jnp.zeros((m, rank), w.dtype), jnp.zeros((rank, n), w.dtype), one, one, jnp.inf * one)
     nothing = jnp.zeros_like(w)
     scale = jnp.ones_like(ldlq.block_scale(w, codebook, config.group))
     carry = (low_rank_start, pair, jnp.zeros((), bool), (nothing, scale, pair, jnp.inf * one))
@@ -139,6 +139,8 @@ def decompose_arrays(
 ) -> Decomposition:
     """`decompose` without its checks: W (m, n) and H (n, n) float32, for use under jit and vmap.
 
+    It raises nothing: on what `decompose` refuses, the error of the result is not finite, or has no meaning.
+
     `signs` (s_V (m,), s_U (n,)) replaces the random ones.
     """
     signs_key, start_key, loop_key = jax.random.split(key, 3)
@@ -147,12 +149,13 @@ def decompose_arrays(
         signs = hadamard.random_signs(out_key, w.shape[0]), hadamard.random_signs(in_key, w.shape[1])
     w, low_ranks, weight_scale, factors = _prepare(w, h, signs, start_key, config)
 
-    core = dataclasses.replace(config, init="zero", num_outliers=1)
+    inner_iters = config.inner_iters if config.lr_bits < 16 else 1  # 16-bit factors never read it: one program for all
+    core = dataclasses.replace(config, init="zero", num_outliers=1, inner_iters=inner_iters)
     scout = dataclasses.replace(
         core,
-        outer_iters=min(config.outer_iters, SCOUT_ITERS),
-        tune_iters=min(config.tune_iters, SCOUT_TUNE_ITERS),
-        inner_iters=min(config.inner_iters, SCOUT_INNER_ITERS),
+        outer_iters=min(core.outer_iters, SCOUT_ITERS),
+        tune_iters=min(core.tune_iters, SCOUT_TUNE_ITERS),
+        inner_iters=min(core.inner_iters, SCOUT_INNER_ITERS),
     )
 
     def alternate(low_rank_start, config):
@@ -174,6 +177,7 @@ def decompose_arrays(
         left, right = (x.astype(jnp.float16).astype(jnp.float32) for x in (pair.left, pair.right))
         pair = pair._replace(left=left, right=right)
         error = jnp.sqrt(ldlq.weighted_error(w - q - matmul(left, right), factors[0].h) / whole)
+    error = jnp.where(jnp.any(pair.left), error, jnp.inf)  # L still zero: no iteration found factors that are finite
     q_role = jnp.sqrt(ldlq.weighted_error(q, factors[0].h) / whole)
     lr_role = jnp.sqrt(ldlq.weighted_error(matmul(pair.left, pair.right), factors[1].h) / whole)
     return Decomposition(
@@ -219,6 +223,11 @@ def check_shape(shape: tuple[int, int], config: DecomposeConfig, name: str = "W"
 
 def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Array:
     """Raises ValueError on what cannot be decomposed. -> H, or the identity, with a warning, where H is all zero."""
+    if isinstance(w, jax.core.Tracer) or isinstance(h, jax.core.Tracer):
+        raise ValueError(
+            "W or H is traced by jit or vmap, under which its numbers cannot be checked; call decompose_arrays inside "
+            "them, or decompose_stack outside for many matrices."
+        )
     if w.ndim != 2 or h.ndim != 2 or h.shape[0] != h.shape[1]:
         raise ValueError(f"W {w.shape} and H {h.shape}: W must be (m, n) and H (n, n).")
     n = w.shape[1]
@@ -229,10 +238,17 @@ def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Arr
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{name} {x.shape} holds a value that is not finite.")
     if not bool(jnp.any(w)):
-        raise ValueError(f"W {w.shape} is zero everywhere.")
+        raise ValueError(
+            f"W {w.shape} is zero everywhere, and has no scale to be divided by. Unless the checkpoint is damaged, set "
+            "one weight to a small number, such as 1e-6."
+        )
     if not bool(jnp.any(h)):
         warnings.warn("H is zero everywhere: no input reached this layer; the identity is used instead.", stacklevel=3)
         return jnp.eye(n, dtype=jnp.float32)
+    if not bool(jnp.isfinite(jnp.mean(jnp.diagonal(h)))):
+        raise ValueError(
+            f"H {h.shape}: the sum of its diagonal is beyond float32. Divide H by a number; its scale changes nothing."
+        )
     largest = float(jnp.max(jnp.abs(h)))
     if float(jnp.max(jnp.abs(h - h.T))) > 1e-4 * largest:
         raise ValueError(f"H {h.shape} is not symmetric.")
@@ -242,6 +258,11 @@ def check_inputs(w: jax.Array, h: jax.Array, config: DecomposeConfig) -> jax.Arr
             "Recompute it, or raise ridge."
         )
     return h
+
+
+def _with_auto_axes(mesh: Mesh | None) -> Mesh | None:
+    """The same devices and names with Auto axis types, which the splitting of rows and stacks is written for."""
+    return None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
 
 def _one_blas_thread() -> threadpool_limits:
@@ -258,7 +279,9 @@ def decompose(
     signs: tuple[jax.Array, jax.Array] | None = None,
     mesh: Mesh | None = None,
 ) -> Decomposition:
-    """W ~ Q + L R in the metric of H.
+    """W ~ Q + L R in the metric of H, damped: errors are in that of H + ridge mean(diag H) I.
+
+    Not for jit and vmap, under which its checks see no numbers: `decompose_arrays` is.
 
     Args:
       w: (m, n), y = W x.
@@ -266,7 +289,8 @@ def decompose(
       config: what to do.
       key: for the signs, the starts and the factors.
       signs: (s_V (m,), s_U (n,)) of +-1 in place of random ones.
-      mesh: the rows of W are split over all its devices for the rounding of Q; the result has the same bits.
+      mesh: the rows of W are split over all its devices for the rounding of Q; the result has the same bits. Explicit
+        axis types become Auto.
 
     Returns:
       The best iterate with its errors and scales. ValueError on inputs that cannot be decomposed.
@@ -278,9 +302,12 @@ def decompose(
         if signs[0].shape != w.shape[:1] or signs[1].shape != w.shape[1:]:
             raise ValueError(f"signs {signs[0].shape}, {signs[1].shape} do not fit W {w.shape}: they are (m,), (n,).")
     with _one_blas_thread():
-        result = jax.block_until_ready(decompose_arrays(w, h, config, key, signs, mesh))
+        result = jax.block_until_ready(decompose_arrays(w, h, config, key, signs, _with_auto_axes(mesh)))
     if not math.isfinite(float(result.error)):
-        raise ValueError(f"the decomposition of W {w.shape} did not stay finite; look at the scale of W and H.")
+        raise ValueError(
+            f"the decomposition of W {w.shape} did not stay finite; raise ridge={config.ridge}, or look at the scale "
+            "of W and H."
+        )
     return result
 
 
@@ -302,13 +329,14 @@ def decompose_stack(
 ) -> Decomposition:
     """Matrices of one shape in one program: W (B, m, n), H (B, n, n), keys (B,). Fields gain a leading B.
 
-    The stack is split over all devices of `mesh`, each of which takes its matrices one after the other: memory holds
-    one at work on a device, and a result has the same bits wherever it was computed, as XLA compiles by default (with
-    `--xla_cpu_use_fusion_emitters=false` the last bit of a sum can depend on the size of a device's stack).
+    The stack is split over all devices of `mesh` (Explicit axis types become Auto), each of which takes its matrices
+    one after the other: memory holds one at work on a device, and a result has the same bits wherever it was computed,
+    as XLA compiles by default (with `--xla_cpu_use_fusion_emitters=false` the last bit of a sum can depend on the size
+    of a device's stack).
     """
     w, h = jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32)
     h = jnp.stack([check_inputs(*pair, config) for pair in zip(w, h, strict=True)])
-    num_matrices = len(w)
+    num_matrices, mesh = len(w), _with_auto_axes(mesh)
     if mesh is not None:  # every device takes equally many; the last matrix fills up
         filled = jnp.minimum(jnp.arange(-(-num_matrices // mesh.size) * mesh.size), num_matrices - 1)
         w, h, keys = w[filled], h[filled], keys[filled]
@@ -317,5 +345,8 @@ def decompose_stack(
     result = jax.tree.map(lambda x: x[:num_matrices], result)
     if not bool(jnp.isfinite(result.error).all()):
         broken = [int(i) for i in jnp.flatnonzero(~jnp.isfinite(result.error))]
-        raise ValueError(f"matrices {broken} of the stack {w.shape} did not stay finite; look at the scale of W and H.")
+        raise ValueError(
+            f"matrices {broken} of the stack {w.shape} did not stay finite; raise ridge={config.ridge}, or look at the "
+            "scale of W and H."
+        )
     return result

@@ -13,14 +13,14 @@ class DecomposeConfig:
 
     Attributes:
       rank: r; a multiple of 8 when the factors are quantised.
-      num_outliers: k of the odlri start.
+      num_outliers: k of the odlri start; no other start but auto reads it.
       init: a start of `initialize.py` ("zero", "svd", "svd_w", "odlri"), or "auto": the one (of zero, svd, and odlri
         with several k) whose first iterations end lowest.
       q_bits: bits a weight of Q.
       q_codebook: "e8p" (2, 3, 4 bits), "uniform" or "normal_float".
       group: columns that share a scale with the last two.
       lr_bits: 16 (float16), or 2, 3, 4 for factors on the lattice.
-      outer_iters, inner_iters: alternations, and rounds of LPLR within each.
+      outer_iters, inner_iters: alternations, and rounds of LPLR within each, which 16-bit factors do not take.
       tune_iters: sweeps after each rounding of Q.
       hadamard: rotate W and H first.
       ridge: added to H, as a share of its mean diagonal.
@@ -50,10 +50,16 @@ class DecomposeConfig:
             raise ValueError(
                 f"rank={self.rank} with lr_bits={self.lr_bits}: lattice factors need a multiple of {BLOCK}."
             )
-        if min(self.rank, self.num_outliers, self.outer_iters, self.inner_iters) < 1 or self.tune_iters < 0:
-            raise ValueError(
-                "rank, num_outliers, outer_iters and inner_iters must be at least 1, tune_iters at least 0."
-            )
+        least = {
+            "rank": 1,
+            "num_outliers": 1 if self.init in ("odlri", "auto") else 0,  # of the odlri start alone
+            "outer_iters": 1,
+            "inner_iters": 1 if self.lr_bits < 16 else 0,  # of quantised factors alone
+            "tune_iters": 0,
+        }
+        for name, bound in least.items():
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"{name}={value} must be at least {bound}.")
         if self.group < 1:
             raise ValueError(f"group={self.group}: so many columns share a scale; give a multiple of {BLOCK}.")
         if self.ridge < 0:

@@ -30,8 +30,9 @@ class Decomposition:
       left_scale, right_scale: (), 1 for 16-bit factors.
       weight_scale: (), root mean square of W.
       signs_out, signs_in: (m,) and (n,), the random signs of the rotation.
-      error: (), relative error of the kept iterate.
-      errors, errors_after_q: (outer_iters,), relative error after the low-rank step and after the rounding of Q.
+      error: (), relative error of the kept iterate: sqrt(tr(E H E^T) / tr(W H W^T)), E = W - Q - L R, in the metric of
+        the damped H, H + ridge mean(diag H) I.
+      errors, errors_after_q: (outer_iters,), the same after the low-rank step and after the rounding of Q.
       q_scales: (outer_iters,), mean scale of Q.
       q_role, lr_role: (), |Q X| / |W X| and |L R X| / |W X|.
       start: (), number of the start in `starts(config)`.

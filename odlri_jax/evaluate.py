@@ -8,6 +8,7 @@ usual protocol, LLaDA and Dream the Monte Carlo bound (--num_samples masked copi
 end, in one line and, with --out, as JSON.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -24,6 +25,11 @@ from a2d_jax.sharding import make_mesh
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.perplexity import Perplexity, perplexity
 from odlri_jax.windows import DEFAULT_CONTEXT_LENGTH, default_context_length
+
+
+def _json_number(value: float) -> float | str:
+    """The number; "inf" or "nan" for what JSON does not know."""
+    return value if math.isfinite(value) else str(value)
 
 
 def main(_) -> None:
@@ -67,8 +73,8 @@ def main(_) -> None:
             **(of_bound if is_bound else {}),
             "dtype": given.dtype,
             "is_bound": is_bound,
-            "perplexity": result.perplexity,
-            "nll": result.nll,
+            "perplexity": _json_number(result.perplexity),
+            "nll": _json_number(result.nll),
             "num_tokens": result.num_tokens,
             "num_windows": result.num_windows,
             "seconds": time.monotonic() - start,

@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
+from a2d_jax.export import base_model_of
 from a2d_jax.files import local_path
 from a2d_jax.folders import check_target, hf_folder
 from a2d_jax.hf_io import INDEX_NAME, read_tensor, save_dense
@@ -99,16 +100,17 @@ def export(checkpoint: str, target: str | Path, layout: str, dtype: str | None =
     """Writes `target` in one of `LAYOUTS`; -> the model as it was written.
 
     Raises:
-      ValueError: nothing packed in the checkpoint, a target that is the checkpoint or a packed folder to be replaced
-        by dense files, or settings that do not go together.
+      ValueError: nothing packed in the checkpoint, a target that is the checkpoint, the base that its factors were
+        trained on, or a packed folder to be replaced by dense files, or settings that do not go together.
     """
     target, files = local_path(target), hf_folder(checkpoint)
     if layout != "packed" and lr_bits is not None:
         raise ValueError(f"--lr_bits has no meaning for --layout {layout}; leave it out.")
     if layout == "packed" and dtype is not None:
         raise ValueError("--dtype is for dense tensors that change; --layout packed keeps every one as it is.")
-    if target.exists() and target.resolve() in (Path(checkpoint).resolve(), files.resolve()):
-        raise ValueError(f"--target is the checkpoint itself ({target}); choose another folder.")
+    own = [Path(folder).resolve() for folder in (checkpoint, files, base_model_of(checkpoint)) if folder]
+    if target.exists() and target.resolve() in own:
+        raise ValueError(f"--target is the checkpoint itself or its base ({target}); choose another folder.")
     check_target(target, is_other_format=layout == "packed")
     model = load_pretrained(checkpoint, dtype=jnp.float32)
     packed = compressed_projections(model)

@@ -4,7 +4,8 @@
 
 One config names the source checkpoint, the training config of the alignment, the rows to calibrate on, the attacks and
 the limits that the result has to keep. The steps are the programs of the two packages, run one after the other; each
-resumes, and so does the whole.
+resumes, and so does the whole. Where one fails for its settings, correct them, delete the folder that it had begun, and
+run again: what the steps before it made is kept.
 
     OUT/converted      Orbax checkpoint of the source            OUT/packed     packed checkpoint
     OUT/aligned        training run; OUT/aligned_hf its export   OUT/exported   Hugging Face folder of the packed one
@@ -15,7 +16,7 @@ resumes, and so does the whole.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ml_collections import config_flags
 from a2d_jax import evaluate
 from a2d_jax.attacks import ATTACKS
 from a2d_jax.batching import DEFAULT_BUCKETS
+from a2d_jax.config import load_config
 from a2d_jax.files import local_path, write_beside, write_json
 from a2d_jax.folders import is_orbax_folder
 from a2d_jax.judges import JudgeSettings
@@ -33,17 +35,21 @@ from a2d_jax.scores import first_step_auc, share
 from a2d_jax.settings import build
 from a2d_jax.stages import claim_folder, end_on_sigterm, exit_if_stopped, export, run_command, train
 from odlri_jax import calibrate, compress
+from odlri_jax.decompose import check_shape
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.export import LAYOUTS
+from odlri_jax.matrices import list_matrices
 from odlri_jax.packed_io import MANIFEST_NAME
 from odlri_jax.report import REPORT_NAME
 from odlri_jax.safety_page import render
 
-# What the models depend on; `a2d_jax.evaluate` watches over the rest by itself.
-OF_THE_MODELS = (
-    "source", "prepare", "align", "align_changes", "calibration_rows", "num_windows", "batch_size",
-    "calibration_dtype", "decompose", "layout", "seed",
+# What the models depend on, step by step; `a2d_jax.evaluate` watches over the rest by itself.
+OF_THE_SOURCE = ("source", "prepare", "seed")
+OF_THE_ALIGNED = (*OF_THE_SOURCE, "align", "align_changes")
+OF_THE_PACKED = (
+    *OF_THE_ALIGNED, "calibration_rows", "num_windows", "batch_size", "calibration_dtype", "decompose"
 )  # fmt: skip
+OF_THE_MODELS = (*OF_THE_PACKED, "layout")
 MODELS = ("original", "aligned", "compressed")
 ZERO_SHOT, OVER_REFUSAL = "zero_shot", "over_refusal"
 
@@ -130,17 +136,40 @@ def _fill(value: Any, out: Path) -> Any:
     return tuple(_fill(item, out) for item in value) if isinstance(value, list | tuple) else value
 
 
+def check(config: PipelineConfig, is_compressed: bool) -> None:
+    """ValueError for what would fail after hours. `is_compressed`: calibration and compression are done."""
+    files = [*config.attacks.values(), *config.harmless.values()]
+    files += [] if is_compressed else config.calibration_rows
+    if absent := [file for file in dict.fromkeys(files) if not Path(file).exists()]:
+        raise ValueError(f"no such file: {', '.join(absent)}; correct attacks, harmless or calibration_rows.")
+    model_config = load_config(config.source)
+    if not is_compressed:
+        for matrix in list_matrices(model_config, has_head=False):
+            check_shape(matrix.shape, DecomposeConfig(**config.decompose), matrix.name)
+
+
+def claim(config: PipelineConfig, out: Path, names: Iterable[str]) -> None:
+    """Notes these settings in `out`; ValueError where they are not those noted before."""
+    claim_folder(out, {name: getattr(config, name) for name in names})
+
+
 # -- the steps --------------------------------------------------------------------------------------------------------
 
 
 def make_models(config: PipelineConfig, out: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The folder of each model, and the summary of the compression."""
+    """The folder of each model, and the summary of the compression.
+
+    Settings are noted once the step that reads them is done: until then its own folder watches over them.
+    """
     for command in config.prepare:
         run_command(*command)
     converted, packed, exported = out / "converted", out / "packed", out / "exported"
+    check(config, (packed / MANIFEST_NAME).is_file())
+    claim(config, out, OF_THE_SOURCE)
     if not is_orbax_folder(converted):
         run_command("a2d_jax.convert", f"--source={config.source}", f"--target={converted}")
     aligned = train(config.align, out / "aligned", converted, config.seed, config.align_changes)
+    claim(config, out, OF_THE_ALIGNED)
     aligned_hf = out / "aligned_hf"
     if not (aligned_hf / "config.json").is_file():
         export(aligned, aligned_hf)
@@ -161,6 +190,7 @@ def make_models(config: PipelineConfig, out: Path) -> tuple[dict[str, Path], dic
         compress.run(
             compress.CompressConfig(str(aligned_hf), str(out / "moments"), str(packed), settings, seed=config.seed)
         )
+    claim(config, out, OF_THE_PACKED)
     if not (exported / (MANIFEST_NAME if config.layout == "packed" else "config.json")).is_file():
         run_command("odlri_jax.export", f"--checkpoint={packed}", f"--target={exported}", f"--layout={config.layout}")
     summary = json.loads((packed / REPORT_NAME).read_text(encoding="utf-8"))["summary"]
@@ -242,12 +272,17 @@ def run(config: PipelineConfig, out: Path) -> dict[str, Any]:
 
     Raises:
       ValueError: `out` holds models that were made with other settings, or completions of another prompt file for the
-        same attack. Attacks, orders, judges and limits may change; a prompt file, its contents included, may not.
+        same attack; a file is absent; or matrices do not fit `decompose`. Attacks, orders, judges and limits may
+        change; a prompt file, its contents included, may not.
     """
     print(f"{config.source}: align ({config.align}), attack, compress, attack, export ({config.layout})", flush=True)
     start = time.monotonic()
-    claim_folder(out, {name: getattr(config, name) for name in OF_THE_MODELS})
+    noted = out / "settings.json"  # of the runs before
+    if noted.is_file():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        claim(config, out, [name for name in OF_THE_MODELS if name in before])
     folders, summary = make_models(config, out)
+    claim(config, out, OF_THE_MODELS)
     results = {model: attack_model(config, folder, out / "evaluations" / model) for model, folder in folders.items()}
     report = {
         "config": dataclasses.asdict(config),

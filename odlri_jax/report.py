@@ -20,8 +20,9 @@ def matrix_record(
 ) -> dict[str, Any]:
     """What report.json says of one matrix.
 
-    error is that of the kept iterate; errors follow the low-rank step of each iteration, errors_after_q the rounding
-    of Q before it. q_role, lr_role: |Q X| / |W X|, |L R X| / |W X|. init and num_outliers name the start taken.
+    error is that of the kept iterate, in the metric of the damped H; errors follow the low-rank step of each iteration,
+    errors_after_q the rounding of Q before it. q_role, lr_role: |Q X| / |W X|, |L R X| / |W X|. init and num_outliers
+    name the start taken.
     """
     start, num_outliers = d.init
     lists = {key: [float(x) for x in getattr(d, key)] for key in ("errors", "errors_after_q", "q_scales")}
@@ -79,7 +80,7 @@ def plot_errors(path: str | os.PathLike, records: Sequence[Mapping[str, Any]]) -
         layers = [num_layers if record["layer"] is None else record["layer"] for record in of_kind]
         axes.plot(layers, [record["error"] for record in of_kind], marker="o", markersize=3, label=projection)
     axes.set_xlabel("layer")
-    axes.set_ylabel("relative error in the metric of H")
+    axes.set_ylabel("relative error, damped H")
     axes.set_ylim(bottom=0)
     axes.legend(ncols=4, fontsize="small")
     save_figure(path, figure)

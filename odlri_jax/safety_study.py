@@ -297,6 +297,8 @@ def plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def check(config: SafetyStudyConfig) -> None:
     """ValueError for what would fail after hours."""
+    if MIXTURE in config.calibration_rows:
+        raise ValueError(f"--calibration_rows: {MIXTURE!r} is the name of all of them together; choose another name.")
     files = {**config.calibration_rows, **config.prompts, **config.harmless}
     absent = [f"{name}={file}" for name, file in files.items() if not Path(file).exists()]
     if absent:

@@ -1,10 +1,12 @@
 """Text, token files or training rows to windows of equal length, and these to batches of one shape.
 
-A text is tokenised whole, without special tokens of our own, and cut into windows that follow one another; what is
-left at its end is dropped. A token file is .npy, int32: (N,) is cut in the same way; the rows of (N, T) are windows as
-they stand, and ids below zero in them are padding. Training rows (prompt and response, as `a2d_jax.train` reads them)
-are windows as training pads them, the response alone being masked. Where fewer windows are wanted than there are,
-calibration takes them at even distances, so that they speak for the whole text, and as many from each file of rows.
+A text is tokenised whole, without special tokens of our own, and cut into windows that follow one another; what is left
+at its end is dropped. A token file is .npy, int32: (N,) is cut in the same way; the rows of (N, T) are windows as they
+stand, and ids below zero in them are padding. Training rows (prompt and response, as `a2d_jax.train` reads them) are
+padded with [EOS] to the longest of those that are taken; all of that counts as response, which alone is masked.
+Training does so too, but to the longest row of a batch: where lengths differ much, more of a window is padding. Where
+fewer windows are wanted than there are, calibration takes them at even distances, so that they speak for the whole
+text, and as many from each file of rows.
 """
 
 import os
@@ -119,15 +121,19 @@ def row_windows(
     context_length: int | None,
     num_windows: int | None,
     max_length: int | None = None,
-) -> Windows:
+) -> tuple[Windows, str]:
     """Windows of training rows: prompts as they are, responses and the [EOS] after them to be masked.
 
-    Rows longer than `context_length` are cut as in training. Without it, windows are as long as the longest row, but
-    no longer than 2048 and `max_length`, which the model takes.
+    Rows longer than `context_length` are cut as in training, those whose prompt alone is as long are left out. Without
+    it, windows are as long as the longest row that is taken, but no longer than 2048 and `max_length`, which the model
+    takes.
+
+    Returns:
+      The windows, and what was cut, left out and padded, for the plan.
     """
     files = [read_rows(path) for path in paths]
     row_length = context_length or default_context_length(max_length)
-    encoded = encode_rows(files, tokenizer, DataConfig(row_length=row_length))
+    encoded = encode_rows(files, tokenizer, DataConfig(row_length=row_length, on_long_prompt="drop"))
     per_file = -(-num_windows // len(files)) if num_windows else None
     taken = []
     for number in range(len(files)):
@@ -135,8 +141,11 @@ def row_windows(
         num_taken = min(len(index), per_file or len(index))
         taken.append(index[np.arange(num_taken) * len(index) // max(num_taken, 1)])
     index = np.concatenate(taken)[:num_windows]
-    batch = collate(encoded, index, tokenizer.eos_id, (int(encoded.lengths.max()),))
-    return Windows(batch.tokens, batch.attention_mask, batch.is_response)
+    lengths = encoded.lengths[index]
+    batch = collate(encoded, index, tokenizer.eos_id, (int(lengths.max()),))
+    padding = 1 - lengths.sum() / batch.attention_mask.sum()
+    note = f"{encoded.summary.truncation}; {padding:.1%} of the tokens are [EOS] behind shorter rows"
+    return Windows(batch.tokens, batch.attention_mask, batch.is_response), note
 
 
 def batches(windows: Windows, batch_size: int) -> Iterator[Windows]:

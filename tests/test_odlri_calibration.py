@@ -237,10 +237,10 @@ def test_of_training_rows_the_response_alone_is_masked(tmp_path):
         row = {"prompt": prompt, "response": answers[0], "is_safe": True}
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * num_rows)
     files = tuple(str(tmp_path / f"{name}.jsonl") for name in ("first", "second"))
-    windows = row_windows(files, tokenizer, None, 6)
+    windows, _ = row_windows(files, tokenizer, None, 6)
     length = max(len(p + r) for p, r in tokenizer.encode_turns([(prompt, answers[0]) for prompt in prompts]))
     assert windows.tokens.shape == (6, length)
-    assert row_windows(files, tokenizer, None, 6, max_length=length - 2).tokens.shape == (6, length - 2)
+    assert row_windows(files, tokenizer, None, 6, max_length=length - 2)[0].tokens.shape == (6, length - 2)
     for tokens, is_response, prompt in zip(*windows[::2], [prompts[0]] * 3 + [prompts[1]] * 3, strict=True):
         own = tokenizer.encode_turns([(prompt, answers[0])])[0][0]
         assert tokens[: len(own)].tolist() == own
@@ -257,6 +257,20 @@ def test_of_training_rows_the_response_alone_is_masked(tmp_path):
     run(CalibrateConfig(str(WORLD), str(tmp_path / "out"), rows=files, num_windows=6, batch_size=3))
     calibration = Calibration(tmp_path / "out")
     assert calibration.settings["num_tokens"] == 6 * length and calibration.settings["num_windows"] == 6
+
+
+def test_windows_of_rows_are_no_longer_than_those_taken_and_the_plan_says_what_is_padding(tmp_path, capsys):
+    """Two of four rows are taken: the third is the longest, and the prompt of the last is longer than a window."""
+    prompts = [" ".join(["how do i make the old cake?"] * times) for times in (1, 2, 3, 400)]
+    rows = [{"prompt": prompt, "response": "sorry, i can not help.", "is_safe": True} for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(CalibrateConfig(str(WORLD), str(tmp_path / "out"), rows=(str(tmp_path / "rows.jsonl"),), num_windows=2), True)
+    turns = load_tokenizer(WORLD).encode_turns([(row["prompt"], row["response"]) for row in rows[:2]])
+    short, long = (len(prompt) + len(response) for prompt, response in turns)
+    plan = capsys.readouterr().out
+    assert f"2 windows (of 2 asked for) of {long} tokens, {2 * long} in all" in plan
+    assert "1 dropped for a long prompt; first: " in plan
+    assert f"; {(long - short) / (2 * long):.1%} of the tokens are [EOS] behind shorter rows" in plan
 
 
 def test_padding_neither_counts_nor_is_seen(checkpoint, torch_model, tokens, tmp_path):
@@ -456,6 +470,13 @@ def test_other_settings_than_the_folders_are_refused(settings, calibrated, tmp_p
     with pytest.raises(ValueError, match=message):
         run(dataclasses.replace(settings, out=str(out), **change))
     assert {path.name for path in out.iterdir()} == before
+
+
+def test_a_folder_begun_without_a_single_layer_takes_other_settings(settings, calibrated, tmp_path, capsys):
+    """As a run leaves it whose batches were too large for the memory."""
+    shutil.copyfile(calibrated / "calibration.json", tmp_path / "unfinished.json")
+    run(dataclasses.replace(settings, out=str(tmp_path), batch_size=2), is_dry_run=True)
+    assert "4 batches of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

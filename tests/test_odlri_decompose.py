@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from odlri_jax import DecomposeConfig, decompose, decompose_stack
+from odlri_jax import DecomposeConfig, decompose, decompose_arrays, decompose_stack
 
 INITS = {"zero": "zero", "svd_aa": "svd", "svd_w": "svd_w", "odlri": "odlri"}
 FILES = ("run_64x128_r16", "run_128x256_r16")
 SMALL = DecomposeConfig(rank=8, num_outliers=4, init="svd", outer_iters=3, inner_iters=2, tune_iters=1)
+QUICK = {"q_codebook": "uniform", "group": 16}  # to compile
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,18 @@ def test_auto_takes_the_best_start():
     assert errors["auto"] <= min(errors.values()) * 1.02
 
 
+def meshes(axis):
+    """All devices as `Mesh` lays them out, and as `jax.make_mesh` does, whose axes are Explicit."""
+    return Mesh(np.array(jax.devices()), (axis,)), jax.make_mesh((len(jax.devices()),), (axis,))
+
+
 def test_a_mesh_and_a_stack_give_the_same_result():
     w, h = problem()
     alone = decompose(w, h, SMALL, jax.random.key(0))
-    on_mesh = decompose(w, h, SMALL, jax.random.key(0), mesh=Mesh(np.array(jax.devices()), ("rows",)))
-    np.testing.assert_array_equal(alone.q, on_mesh.q)
-    np.testing.assert_array_equal(alone.errors, on_mesh.errors)
+    for mesh in meshes("rows"):
+        on_mesh = decompose(w, h, SMALL, jax.random.key(0), mesh=mesh)
+        np.testing.assert_array_equal(alone.q, on_mesh.q)
+        np.testing.assert_array_equal(alone.errors, on_mesh.errors)
 
 
 @pytest.mark.default_compiler
@@ -122,10 +129,38 @@ def test_a_stack_gives_each_matrix_what_it_gets_alone_on_any_number_of_devices()
     w, h = (np.stack(arrays) for arrays in zip(*problems, strict=True))
     keys = jax.random.split(jax.random.key(0), 3)
     stack = decompose_stack(w, h, SMALL, keys)
-    on_mesh = decompose_stack(w, h, SMALL, keys, Mesh(np.array(jax.devices()), ("stack",)))
-    jax.tree.map(np.testing.assert_array_equal, stack, on_mesh)
+    for mesh in meshes("stack"):
+        on_mesh = decompose_stack(w, h, SMALL, keys, mesh)
+        jax.tree.map(np.testing.assert_array_equal, stack, on_mesh)
     for i in range(3):
         assert float(stack.error[i]) == pytest.approx(float(decompose(w[i], h[i], SMALL, keys[i]).error), rel=0.02)
+
+
+def test_where_jax_computes_in_float64_the_result_is_float32_all_the_same():
+    config = dataclasses.replace(SMALL, **QUICK)
+    with jax.enable_x64(True):
+        d = jax.eval_shape(lambda w, h: decompose_arrays(w, h, config, jax.random.key(0)), *problem())
+    assert {x.dtype for x in jax.tree.leaves(d)} == {np.dtype(np.float32), np.dtype(np.int32)}  # int32: the start
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda w, h: jax.vmap(f)(w[None], h[None])])
+def test_under_jit_and_vmap_the_function_without_checks_is_named_and_works(transform):
+    def run(function):
+        return transform(lambda w, h: function(w, h, SMALL, jax.random.key(0)).q)
+
+    with pytest.raises(ValueError, match="call decompose_arrays inside them, or decompose_stack"):
+        run(decompose)(*problem())
+    assert jax.eval_shape(run(decompose_arrays), *problem()).shape[-2:] == (16, 32)
+
+
+def test_rounds_that_sixteen_bit_factors_do_not_take_change_no_program():
+    """Nor are the first iterations of auto computed twice, where a run is so short that they are all."""
+
+    def program(inner_iters):
+        config = dataclasses.replace(SMALL, init="auto", inner_iters=inner_iters, **QUICK)
+        return jax.jit(lambda w, h: decompose_arrays(w, h, config, jax.random.key(0))).lower(*problem()).as_text()
+
+    assert program(2) == program(10)
 
 
 def test_sixteen_bit_factors_are_float16_numbers():
@@ -165,12 +200,22 @@ def changed(array, index, value):
         (lambda w, h: (w, changed(h, (1, 1), np.inf)), "H .* not finite"),
         (lambda w, h: (w, changed(h, (0, 1), 50)), "not symmetric"),
         (lambda w, h: (w, changed(h, (3, 3), -5)), "indefinite"),
-        (lambda w, h: (0 * w, h), "zero everywhere"),
+        (lambda w, h: (w, np.float32(3e36) * h), r"H \(32, 32\): the sum of its diagonal is beyond float32. Divide H"),
+        (lambda w, h: (0 * w, h), "zero everywhere.* set one weight to a small number"),
     ],
 )
 def test_inputs_that_cannot_be_decomposed_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         decompose(*change(*problem()), SMALL, jax.random.key(0))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_alternation_that_is_never_finite_is_refused(bits):
+    """H is definite as it is; rotated, its smallest eigenvalue is below what float32 tells apart from zero."""
+    h = np.diag(np.where(np.arange(32), 1, 1e10)).astype(np.float32)
+    config = dataclasses.replace(SMALL, lr_bits=int(bits), ridge=0.0, **QUICK)
+    with pytest.raises(ValueError, match="did not stay finite; raise ridge=0.0"):
+        decompose(problem()[0], h, config, jax.random.key(0))
 
 
 def test_a_dead_layer_warns_and_uses_the_identity():
@@ -188,6 +233,9 @@ def test_a_dead_layer_warns_and_uses_the_identity():
         ({"rank": 12, "lr_bits": 4}, "multiple of 8"),
         ({"q_bits": 5}, "2, 3 or 4 bits"),
         ({"outer_iters": 0}, "at least 1"),
+        ({"num_outliers": 0}, "num_outliers=0 must be at least 1"),
+        ({"inner_iters": 0, "lr_bits": 4}, "inner_iters=0 must be at least 1"),
+        ({"tune_iters": -1}, "tune_iters=-1 must be at least 0"),
         ({"group": 0}, "group=0: .* give a multiple of 8"),
         ({"ridge": -0.1}, "ridge=-0.1 .* give 0 or more"),
     ],
@@ -195,6 +243,11 @@ def test_a_dead_layer_warns_and_uses_the_identity():
 def test_a_config_that_makes_no_sense_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DecomposeConfig(**settings)
+
+
+@pytest.mark.parametrize("init", ["zero", "svd", "svd_w"])
+def test_what_has_no_meaning_may_be_zero(init):
+    DecomposeConfig(init=init, num_outliers=0, inner_iters=0, lr_bits=16)
 
 
 def test_outliers_above_the_rank_are_truncated_and_above_the_width_refused():

@@ -21,6 +21,7 @@ from packed_folders import LLAMA, random_arrays, write_packed
 from tokenizer_folders import write_llada
 
 import a2d_jax
+from a2d_jax.export import export as export_dense
 from a2d_jax.folders import FORMATS_GROUP
 from a2d_jax.metrics import read_metrics
 from a2d_jax.pretrained import weights_fingerprint
@@ -209,6 +210,18 @@ def test_what_a_packed_model_cannot_do_is_said(packed, source, tmp_path):
         export(str(source), tmp_path / "x", "dense")
     with pytest.raises(ValueError, match="--target is the checkpoint itself"):
         export(str(packed[0]), packed[0], "packed")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train_config.json").write_text(json.dumps({"model": {"checkpoint": str(packed[0])}}))
+    with pytest.raises(ValueError, match="--target is the checkpoint itself or its base"):
+        export(str(run), packed[0], "packed")
+
+
+def test_the_export_of_dense_models_leaves_nothing_in_the_way_of_the_right_one(packed, tmp_path):
+    with pytest.raises(ValueError, match="are compressed.*odlri_jax.export"):
+        export_dense(packed[0], tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    export(str(packed[0]), tmp_path / "dense", "dense")
 
 
 def test_evaluations_know_a_compressed_head_from_another(packed):

@@ -185,6 +185,7 @@ def test_program(tmp_path):
 def program():
     """The program's module; the flags that it defines go again, because other programs have some of these names."""
     module = importlib.import_module("odlri_jax.evaluate")
+    module.define_flags()
     flags.FLAGS.mark_as_parsed()
     yield module
     flags.FLAGS.remove_flag_values([flag.name for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]])
@@ -205,6 +206,17 @@ def test_windows_fit_the_model_and_the_text(program, tmp_path, capsys, max_lengt
     with flagsaver.as_parsed(**values), pytest.raises(ValueError, match="has neither model.safetensors"):
         program.main(None)
     assert windows in capsys.readouterr().out
+
+
+def test_an_infinite_perplexity_is_written_as_json_knows_it(program, tmp_path, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "p.json"
+    text.write_text("the quick brown fox")
+    monkeypatch.setattr(program, "load_pretrained", lambda *_: None)
+    monkeypatch.setattr(program, "perplexity", lambda *_, **__: Perplexity(1500.0, num_tokens=2, num_windows=1))
+    with flagsaver.as_parsed(checkpoint=str(write_llama2(tmp_path)), text=str(text), out=str(out)):
+        program.main(None)
+    record = json.loads(out.read_text(), parse_constant=pytest.fail)  # which hears Infinity and NaN
+    assert record["perplexity"] == "inf" and record["nll"] == 750
 
 
 def test_an_object_store_is_refused_before_anything_is_done(program):

@@ -117,6 +117,66 @@ def test_a_folder_of_other_models_is_refused(config, results, tmp_path, monkeypa
         pipeline.run(dataclasses.replace(config, calibration_dtype="bfloat16", layers_per_group=1), tmp_path)
 
 
+class Reached(Exception):
+    """The step that a test is about."""
+
+
+def stop(*_):
+    raise Reached
+
+
+@pytest.fixture
+def real(config, tmp_path) -> PipelineConfig:
+    """A config whose source and files are there."""
+    for name in ("prompts.json", "rows.jsonl"):
+        (tmp_path / name).write_text("[]")
+    prompts = str(tmp_path / "prompts.json")
+    return dataclasses.replace(
+        config,
+        source=str(ROOT / "tests" / "fixtures" / "llada_tiny"),
+        attacks={"zero_shot": prompts},
+        harmless={"foods": prompts},
+        calibration_rows=(str(tmp_path / "rows.jsonl"),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration_rows": ("absent.jsonl",)}, "no such file: absent.jsonl; correct .*calibration_rows"),
+        ({"attacks": {"dija": "absent.json"}}, "no such file: absent.json; correct attacks"),
+        ({"harmless": {"foods": "absent.json"}}, "no such file: absent.json"),
+        ({"source": "absent"}, "'absent' has no config.json"),
+        ({"decompose": {"rank": 65}}, r"rank=65 is above min.m, n. = 64 of model.transformer.blocks.0"),
+    ],
+)
+def test_what_would_fail_after_hours_is_said_at_once_and_can_be_corrected(real, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(pipeline, "run_command", stop)  # the conversion
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(dataclasses.replace(real, **change), tmp_path / "out")
+    with pytest.raises(Reached):
+        pipeline.run(real, tmp_path / "out")
+
+
+def test_a_step_that_fails_takes_other_settings_and_keeps_those_of_the_steps_before(real, tmp_path, monkeypatch):
+    """Training fails, then calibration; what they read may be corrected, what the finished steps read may not."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(pipeline, "run_command", lambda *_: None)
+    monkeypatch.setattr(pipeline, "train", stop)
+    with pytest.raises(Reached):
+        pipeline.run(dataclasses.replace(real, align_changes=("batch_sise=8",)), out)
+    with pytest.raises(ValueError, match="begun with other settings .source: "):
+        pipeline.run(dataclasses.replace(real, source=str(ROOT / "a2d_jax" / "world_base")), out)
+    for step in ("train", "export"):
+        monkeypatch.setattr(pipeline, step, lambda *_: None)
+    monkeypatch.setattr(pipeline.calibrate, "run", stop)
+    for changes in ({}, {"batch_size": 4, "calibration_dtype": "bfloat16", "decompose": {"rank": 8}}):
+        with pytest.raises(Reached):
+            pipeline.run(dataclasses.replace(real, **changes), out)
+    with pytest.raises(ValueError, match="begun with other settings .align_changes: "):
+        pipeline.run(dataclasses.replace(real, align_changes=("batch_size=8",)), out)
+
+
 def test_a_conversion_that_was_cut_off_is_made_again(config, tmp_path, monkeypatch):
     class AtTheTraining(Exception):
         pass
@@ -127,6 +187,7 @@ def test_a_conversion_that_was_cut_off_is_made_again(config, tmp_path, monkeypat
     commands = []
     monkeypatch.setattr(pipeline, "run_command", lambda *command: commands.append(command))
     monkeypatch.setattr(pipeline, "train", train)
+    monkeypatch.setattr(pipeline, "check", lambda *_: None)  # of files that are not there
     (tmp_path / "converted" / "hf").mkdir(parents=True)  # what a conversion writes first
     with pytest.raises(AtTheTraining):
         pipeline.make_models(config, tmp_path)
@@ -145,7 +206,7 @@ def test_calibration_takes_the_memory_that_the_config_says(tmp_path, monkeypatch
         assert (asked.layers_per_group, asked.dtype) == (4, "bfloat16")
         raise AtTheCalibration
 
-    for step in ("run_command", "train", "export"):
+    for step in ("run_command", "check", "train", "export"):
         monkeypatch.setattr(pipeline, step, lambda *_: None)
     monkeypatch.setattr(pipeline.calibrate, "run", calibrate)
     given = read_config(f"--config={ROOT / 'configs' / 'pipeline_llada_8b.py'}").to_dict()

@@ -112,6 +112,7 @@ def test_as_safe_as_uncompressed_means_in_every_attack():
     ("change", "message"),
     [
         ({"prompts": {"dija": "absent.json"}}, "no such file: dija=absent.json"),
+        ({"calibration_rows": {"mixture": "absent.jsonl"}}, "'mixture' is the name of all of them together"),
         ({"inits": ("best",)}, "no such start"),
         ({"bits": (2, 5)}, "2, 3 or 4 bits a weight, not 5"),
         ({"ranks": (2, 24)}, r"rank=24 is above min.m, n. = 16 of model.transformer.blocks.0"),
