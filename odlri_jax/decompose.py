@@ -177,7 +177,9 @@ def decompose_arrays(
         left, right = (x.astype(jnp.float16).astype(jnp.float32) for x in (pair.left, pair.right))
         pair = pair._replace(left=left, right=right)
         error = jnp.sqrt(ldlq.weighted_error(w - q - matmul(left, right), factors[0].h) / whole)
-    error = jnp.where(jnp.any(pair.left), error, jnp.inf)  # L still zero: no iteration found factors that are finite
+    # Where no iteration found finite factors, L is what it began with: zero, which no lattice has.
+    has_factors = jnp.any(jnp.isfinite(errors)) if config.factor_codebook is None else jnp.any(pair.left)
+    error = jnp.where(has_factors, error, jnp.inf)
     q_role = jnp.sqrt(ldlq.weighted_error(q, factors[0].h) / whole)
     lr_role = jnp.sqrt(ldlq.weighted_error(matmul(pair.left, pair.right), factors[1].h) / whole)
     return Decomposition(
