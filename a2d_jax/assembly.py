@@ -134,7 +134,7 @@ def assemble(
 def abstract_arguments(assembly: Assembly, batch_size: int, length: int):
     """Shapes of (state, frozen, batch) for `assembly.update.lower`; placement comes from the update itself."""
     state = jax.eval_shape(lambda params: init_state(params, assembly.optimizer), pure(assembly.trained))
-    rows = lambda dtype: jax.ShapeDtypeStruct((batch_size, length), dtype)  # noqa: E731
+    rows = lambda dtype: jax.ShapeDtypeStruct((batch_size, length), dtype)
     batch = Batch(rows(np.int32), rows(bool), rows(bool), jax.ShapeDtypeStruct((batch_size,), bool))
     frozen = pure(assembly.frozen)
     if REFERENCE in assembly.shardings.frozen:

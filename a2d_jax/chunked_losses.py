@@ -127,7 +127,7 @@ def _over_chunks(functions, at_once: int, x: _Operands, cotangent: jax.Array | N
     filled = jnp.pad(order, ((0, 0), (0, num_chunks * at_once - num_positions)))
     is_real = jnp.arange(num_chunks * at_once) < num_positions
     weights = jnp.take_along_axis(x.weights, filled, axis=1) * is_real  # (Z, J C)
-    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (J, Z, C)  # noqa: E731
+    chunks = lambda x: x.reshape(num_groups, num_chunks, at_once).swapaxes(0, 1)  # (J, Z, C)
 
     def score(grads, chunk):
         positions, weights, is_real, index = chunk

@@ -66,7 +66,7 @@ def sample_losses(
     """
     config, num_rows, num_prompt = model.config, perturbed.noisy_tokens.shape[0], len(prompt)
     num_pad = -(num_prompt + len(answer)) % multiple_of
-    pad_left = lambda array, value: jnp.pad(array, ((0, 0), (num_pad, 0)), constant_values=value)  # noqa: E731
+    pad_left = lambda array, value: jnp.pad(array, ((0, 0), (num_pad, 0)), constant_values=value)
     noisy_tokens = pad_left(perturbed.noisy_tokens, config.eos_id if num_pad else 0)  # (B, T)
     targets = pad_left(jnp.asarray([[*prompt, *answer]], jnp.int32), 0)  # (1, T)
     is_masked, mask_prob = pad_left(perturbed.is_masked, False), pad_left(perturbed.mask_prob, 1.0)

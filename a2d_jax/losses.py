@@ -73,7 +73,7 @@ def align_targets(targets: jax.Array, weights: jax.Array, objective: str) -> tup
     """Targets and weights (B, T) of raw logits: what `align_logits` does, from the other side."""
     if objective == "llada":
         return targets, weights
-    shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)  # noqa: E731
+    shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
     return shift(targets), shift(weights)
 
 

@@ -157,7 +157,7 @@ def save_adapter(model: Transformer, path: str | os.PathLike, base_model_name_or
                 name = f"{prefix}{module}.lora_{half}.weight"
                 shapes[name], readers[name] = (value.shape[::-1], np.dtype(np.float32)), value
     lora = dataclasses.replace(lora, targets=adapter_targets(model.config, adapted(model)))  # names that PEFT finds
-    read = lambda name: np.asarray(jax.device_get(readers[name])).T  # noqa: E731
+    read = lambda name: np.asarray(jax.device_get(readers[name])).T
     write_adapter(path, model.config, lora, shapes, read, base_model_name_or_path)
 
 

@@ -27,7 +27,7 @@ def estimate_nll(
       is_masked, weights: (B, M, T), of `draw_samples`.
     """
     num_rows, num_samples, length = is_masked.shape
-    flat = lambda array: jnp.broadcast_to(array, is_masked.shape).reshape(-1, length)  # (B M, T)  # noqa: E731
+    flat = lambda array: jnp.broadcast_to(array, is_masked.shape).reshape(-1, length)  # (B M, T)
     noisy_tokens = flat(jnp.where(is_masked, mask_id, tokens[:, None]))
     body_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     hidden = model.hidden_states(noisy_tokens, flat(attention_mask[:, None]), dropout_key=body_key)  # (B M, T, D)
@@ -53,7 +53,7 @@ def preference_grads(
     config: PreferenceConfig = objective.preference
     frozen, reference = split_reference(frozen, params)
     samples = draw_samples(key, batch.is_response, config)
-    in_pairs = lambda array: array.reshape(-1, 2, *array.shape[1:])  # noqa: E731
+    in_pairs = lambda array: array.reshape(-1, 2, *array.shape[1:])
     pairs = jax.tree.map(in_pairs, (batch.tokens, batch.attention_mask, *samples, jnp.sum(batch.is_response, axis=1)))
     num_pairs = pairs[0].shape[0]
 

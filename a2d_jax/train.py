@@ -209,7 +209,7 @@ def _train(config, workdir, is_dry_run, devices, is_profiled, resources: context
         frozen = jax.device_put(frozen, shardings.frozen)
         del trained
     elif not first_step:
-        random = lambda: pure(nnx.state(Transformer(model_config, dtypes, rngs=nnx.Rngs(run.seed))))  # noqa: E731
+        random = lambda: pure(nnx.state(Transformer(model_config, dtypes, rngs=nnx.Rngs(run.seed))))
         params = jax.jit(random, out_shardings=shardings.state.params)()
 
     start = partial(init_state, optimizer=assembly.optimizer)

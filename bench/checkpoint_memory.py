@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, num_bytes: float) -> dict[str, int]:
     for number, part in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(part, file)
-        draw = lambda name: (0.02 * rng.standard_normal(shapes[name][0], np.float32)).astype(dtype)  # noqa: E731
+        draw = lambda name: (0.02 * rng.standard_normal(shapes[name][0], np.float32)).astype(dtype)
         write_safetensors(folder / file, {name: shapes[name] for name in part}, draw, {"format": "pt"})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     write_json(folder / "config.json", hf_config)

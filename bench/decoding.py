@@ -106,7 +106,7 @@ def seconds(run) -> float:
 def peak_memory(run) -> float:
     """MB that the process held at its peak while `run` worked, beyond what it held before (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    resident = lambda key: int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1e3  # noqa: E731
+    resident = lambda key: int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1e3
     before = resident("VmRSS")
     jax.block_until_ready(run())
     return resident("VmHWM") - before

@@ -41,7 +41,7 @@ from launch.steps import BUILDERS
 
 def describe(title: str, result: Mapping[str, Any], chip_peak: float) -> str:
     """The result for people."""
-    size = lambda n: f"{n / GB:.2f} GB"  # noqa: E731
+    size = lambda n: f"{n / GB:.2f} GB"
     lines = [
         f"step         {title}",
         f"slice        {result['topology']}, {result['num_chips']} chips, mesh {result['mesh']}",

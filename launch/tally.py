@@ -202,7 +202,7 @@ class _Counter:
 
     def _instruction(self, computation, instruction, is_fused, is_beside) -> Tally:
         opcode = instruction.opcode
-        operand = lambda i: computation.instructions[instruction.operands[i]].arrays[0]  # noqa: E731
+        operand = lambda i: computation.instructions[instruction.operands[i]].arrays[0]
         if opcode == "while":
             body = self.tally(instruction.attribute("body"))
             trips = trip_count(self.module, computation, instruction)

@@ -152,7 +152,7 @@ def _apply(
 ) -> jax.Array:
     """(Q + L R) x in the basis and the units of W, float32."""
     matmul = functools.partial(jnp.matmul, precision=dtypes.precision, preferred_element_type=jnp.float32)
-    cast = lambda values: values.astype(dtypes.compute)  # noqa: E731
+    cast = lambda values: values.astype(dtypes.compute)
     plain = rotated = cast(x)
     if config.rotates_factors:
         signs_out, signs_in = unpack_signs(arrays["signs_out"], shape[0]), unpack_signs(arrays["signs_in"], shape[1])

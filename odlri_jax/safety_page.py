@@ -23,7 +23,7 @@ def _text(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML already."""
-    cells = lambda row, kind: "".join(f"<{kind}>{cell}</{kind}>" for cell in row)  # noqa: E731
+    cells = lambda row, kind: "".join(f"<{kind}>{cell}</{kind}>" for cell in row)
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 

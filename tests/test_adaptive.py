@@ -152,7 +152,7 @@ def test_the_worlds_second_language_shares_names_and_goods_and_nothing_else(tmp_
 
 
 def test_a_model_yields_after_some_steps_and_the_run_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
-    one_device = lambda config, workdir: train.train(config, workdir, devices=jax.devices()[:1])  # noqa: E731
+    one_device = lambda config, workdir: train.train(config, workdir, devices=jax.devices()[:1])
     monkeypatch.setattr(relearn, "train", one_device)
     base = evaluation(checkpoint, tmp_path, judge="test_adaptive:tells")
     config = config_of(checkpoint, tmp_path, num_steps=None)
@@ -198,7 +198,7 @@ def test_a_training_that_was_stopped_is_not_attacked_as_if_it_had_ended(checkpoi
 
 
 def test_tries_without_a_verdict_are_no_failures():
-    of = lambda *verdicts: adaptive._best([{"success": verdict} for verdict in verdicts])["success"]  # noqa: E731
+    of = lambda *verdicts: adaptive._best([{"success": verdict} for verdict in verdicts])["success"]
     assert (of(0.0, None), of(None, 1.0), of(0.0, 0.4), of(None, None)) == (None, 1.0, 0.0, None)
     row = {"variant": "dija", "plain": "dija", "success": None, "plain_success": None, "tries": 1}
     assert adaptive.table([row | {"num_requests": 2, "num_unscored": 2}]).splitlines()[1].split() == (

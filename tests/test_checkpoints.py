@@ -492,7 +492,7 @@ def test_other_packages_add_formats_by_entry_point(tmp_path, monkeypatch):
         def load(self):
             return Format()
 
-    found = lambda group: [EntryPoint()] if group == FORMATS_GROUP else []  # noqa: E731
+    found = lambda group: [EntryPoint()] if group == FORMATS_GROUP else []
     monkeypatch.setattr("importlib.metadata.entry_points", found)
     (tmp_path / "packed.json").write_text("{}")
     assert a2d_jax.load_pretrained(tmp_path).config.family == "llada"

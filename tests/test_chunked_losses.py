@@ -120,7 +120,7 @@ def test_a_mesh_changes_no_number(small_chunks, sizes):
 
 def test_dropout_of_the_head_differs_between_chunks(small_chunks):
     hidden, head, targets, weights = inputs(1.0)
-    seen = lambda _, __, hidden, key: jnp.broadcast_to(jax.random.normal(key, (V,)), (*hidden.shape[:2], V))  # noqa: E731
+    seen = lambda _, __, hidden, key: jnp.broadcast_to(jax.random.normal(key, (V,)), (*hidden.shape[:2], V))
     head = Head(seen, None, None, V)
     value = scored_losses(head, hidden, jnp.zeros_like(targets), jnp.ones_like(weights), jax.random.key(0))
     assert len(np.unique(np.asarray(value).round(5))) == B * T // 128
@@ -144,7 +144,7 @@ def test_a_training_step_in_chunks_and_parts_is_the_step_at_once(monkeypatch):
     objective = Objective("llada", mask_id=0, refusal_id=1, grad_accum_steps=2, residual=residual)
 
     def step(key):
-        compute = lambda *x: loss_and_grads(graphdef, objective, *x, batch, is_response, key, tokens)  # noqa: E731
+        compute = lambda *x: loss_and_grads(graphdef, objective, *x, batch, is_response, key, tokens)
         return jax.jit(compute)(params, pure(frozen))
 
     at_once = step(None)

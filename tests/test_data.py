@@ -163,7 +163,7 @@ def test_every_row_once_an_epoch_in_a_new_order():
 
 
 def test_resume_at_any_step_gives_the_same_batches(tokenizer):
-    make = lambda: make_loader(ROWS, tokenizer, DataConfig(row_length=64), batch_size=2, seed=3)  # noqa: E731
+    make = lambda: make_loader(ROWS, tokenizer, DataConfig(row_length=64), batch_size=2, seed=3)
     iterator = iter(make())
     states, batches = [], []
     for _ in range(9):

@@ -59,7 +59,7 @@ def test_nested_scans_multiply_and_the_backward_pass_counts_too():
 
 
 def test_batched_products_count_every_batch():
-    attention = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)  # noqa: E731
+    attention = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)
     flops = count(compiled_text(attention, floats(2, 6, 3, 8), floats(2, 5, 3, 8)), {"data": 1}).flops
     assert flops == 2 * 2 * 3 * 6 * 5 * 8
 

@@ -136,7 +136,7 @@ def test_remat_changes_no_gradient(remat):
         model = load_pretrained(FIXTURES / "llada_tiny", remat=policy)
         return nnx.grad(lambda m: jnp.mean(jnp.square(m.logits(m.hidden_states(tokens)))))(model)
 
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
     jax.tree.map(close, nnx.to_pure_dict(gradient("none")), nnx.to_pure_dict(gradient(remat)))
 
 

@@ -32,5 +32,5 @@ def test_the_loop_is_taken_on_tpus_alone(monkeypatch):
     h = jnp.asarray(definite(256))
     np.testing.assert_array_equal(cholesky(h), jnp.linalg.cholesky(h))
     monkeypatch.setattr(module, "is_for_tpu", lambda: True)
-    loops = lambda h: "scan" in str(jax.make_jaxpr(cholesky)(h))  # noqa: E731
+    loops = lambda h: "scan" in str(jax.make_jaxpr(cholesky)(h))
     assert loops(h) and not loops(h[:64, :64])

@@ -100,7 +100,7 @@ def test_a_layer_by_the_kernel_gives_the_values_and_gradients_of_the_plain_one(s
     module = layer(dataclasses.replace(CONFIG, **settings))
     rng = np.random.default_rng(1)
     x, g = (jnp.asarray(rng.standard_normal((2, 3, size)), jnp.float32) for size in (64, 32))
-    call = lambda x: module(x, out_dtype=jnp.float32)  # noqa: E731
+    call = lambda x: module(x, out_dtype=jnp.float32)
     y, pull = jax.vjp(call, x)
     gradient = pull(g)[0]
     assert interpreted

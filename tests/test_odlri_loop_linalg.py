@@ -146,7 +146,7 @@ def test_the_whole_decomposition_by_loops_ends_as_low(on_tpu, monkeypatch, lr_bi
     config = DecomposeConfig(
         rank=16, num_outliers=24, init="odlri", lr_bits=lr_bits, outer_iters=3, inner_iters=3, tune_iters=1
     )
-    run = lambda: jax.jit(lambda w, h: decompose_arrays(w, h, config, KEY))  # noqa: E731
+    run = lambda: jax.jit(lambda w, h: decompose_arrays(w, h, config, KEY))
     traced = run().trace(w, h)
     assert not {"geqrf", "householder_product", "qr", "svd", "eigh", "lu"} & primitives(traced.jaxpr.jaxpr)
     by_loops = float(traced.lower().compile()(w, h).error)

@@ -115,7 +115,7 @@ def test_a_packed_folder_gives_the_logits_of_its_dense_reconstruction(packed, ex
 def test_on_eight_devices_rows_are_split_as_their_output_is(packed, expected):
     model = a2d_jax.load_pretrained(packed[0], mesh=a2d_jax.make_mesh(data=1, fsdp=4, tensor=2))
     q_proj, down_proj = model.blocks.q_proj, model.blocks.down_proj
-    shards = lambda variable: variable[...].sharding.shard_shape(variable.shape)  # noqa: E731
+    shards = lambda variable: variable[...].sharding.shard_shape(variable.shape)
     assert shards(q_proj.q_index) == (2, 16, 1)  # layers, heads / tensor, (D / 8) / fsdp
     assert shards(q_proj.left) == (2, 16, 8)
     assert shards(q_proj.right) == (2, 8, 8)

@@ -135,7 +135,7 @@ def test_bound_equals_the_likelihood_of_the_same_masks(family, text):
 
 def test_masks_depend_on_the_seed_alone(text):
     model = tiny("llada")
-    measure = lambda seed, batch_size: perplexity(model, text, 12, batch_size, num_samples=8, seed=seed).nll  # noqa: E731
+    measure = lambda seed, batch_size: perplexity(model, text, 12, batch_size, num_samples=8, seed=seed).nll
     assert measure(0, 8) == pytest.approx(measure(0, 5), rel=1e-6)
     assert measure(0, 8) != pytest.approx(measure(1, 8), rel=1e-4)
 

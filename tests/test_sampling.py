@@ -211,7 +211,7 @@ def test_order_scores_by_hand():
 
 def test_truncation_by_hand():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    kept = lambda **kw: np.isfinite(np.asarray(orders.truncate(logits, **kw))).tolist()  # noqa: E731
+    kept = lambda **kw: np.isfinite(np.asarray(orders.truncate(logits, **kw))).tolist()
     assert kept(top_p=0.6, top_k=None) == [True, True, False, False]  # 0.3 crosses the mass and stays
     assert kept(top_p=None, top_k=3) == [True, True, True, False]
     assert kept(top_p=0.01, top_k=None) == [True, False, False, False]

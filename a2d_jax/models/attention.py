@@ -60,7 +60,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, is_
     kernel = splash_attention_kernel.make_splash_mha(
         everything, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=is_interpreted
     )
-    swapped = lambda x: x.swapaxes(1, 2)  # (B, T, N, H) -> (B, N, T, H)  # noqa: E731
+    swapped = lambda x: x.swapaxes(1, 2)  # (B, T, N, H) -> (B, N, T, H)
     is_real = jnp.ones((num_rows, length), jnp.int32)
     if mask is not None:
         is_real = jnp.broadcast_to(mask[:, 0, 0], is_real.shape).astype(jnp.int32)  # (B, S)

@@ -64,7 +64,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, out_dtype=None) -> jax.Array:
         """x (..., in) -> (..., out) in `out_dtype` (default: compute). The key switches the adapter's dropout on."""
         compute = self.dtypes.compute
-        times = lambda x, w: matmul(x, w[...].astype(compute), self.dtypes.precision, out_dtype)  # noqa: E731
+        times = lambda x, w: matmul(x, w[...].astype(compute), self.dtypes.precision, out_dtype)
         y = times(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
@@ -200,7 +200,7 @@ class Block(nnx.Module):
         """
         split = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         keys = dict(zip("qkvogud", split, strict=True))
-        split_heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        split_heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
 
         normed = self.attn_norm(x)  # (B, T, D)
         q = apply_rope(split_heads(self.q_proj(normed, keys["q"])), cos, sin)  # (B, T, N, H)
