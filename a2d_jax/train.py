@@ -28,7 +28,8 @@ from `settings.default_config()`:
     seed, log_every, checkpoint_every (None: at the end), keep
 
 The folder: see `a2d_jax/checkpoint.py`; besides, metrics.jsonl (one object a step), tensorboard/ and, with --profile,
-profile/: a trace of three steady steps, for xprof and ui.perfetto.dev.
+profile/: a trace of three steady steps, for xprof and ui.perfetto.dev. training.lock keeps a second process out of a
+local folder while one trains there.
 """
 
 import contextlib
