@@ -5,8 +5,8 @@ r"""A2D alignment of Dream-v0-Instruct-7B, every weight: the setting of LLaDA-8B
 
 By the TPU compiler (docs/tpu.md), memory of a chip and the most of its peak that a step can reach:
 
-    v5e:8x8    8192 rows   --config.batch_size=8192    13.21 of 17.2 GB   80 %
-    v5p:2x2x4  14336 rows  --config.batch_size=14336    92.8 of 102 GB    80 %
+    v5e:8x8    8192 rows   --config.batch_size=8192    13.28 of 17.2 GB   82 %
+    v5p:2x2x4  14336 rows  --config.batch_size=14336    93.2 of 102 GB    82 %
 """
 
 from configs import llada_8b_a2d_full

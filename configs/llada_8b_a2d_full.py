@@ -7,9 +7,9 @@ Weights, gradients and AdamW moments take 16 bytes a parameter, about 128 GB bef
 By the TPU compiler (docs/tpu.md), memory of a chip and the most of its peak that a step can reach:
 
     v5e:4x4    16 rows     --config.mesh.fsdp=1 --config.mesh.tensor=16     9.83 of 17.2 GB   57 %
-    v5e:8x8    1024 rows   --config.batch_size=1024                         4.97 of 17.2 GB   70 %
-    v5e:8x8    8192 rows   --config.batch_size=8192                        14.39 of 17.2 GB   79 %
-    v5p:2x2x4  14336 rows  --config.batch_size=14336                        96.3 of 102 GB    79 %
+    v5e:8x8    1024 rows   --config.batch_size=1024                         4.94 of 17.2 GB   73 %
+    v5e:8x8    8192 rows   --config.batch_size=8192                        14.10 of 17.2 GB   81 %
+    v5p:2x2x4  14336 rows  --config.batch_size=14336                        91.1 of 102 GB    81 %
 
 With 16 rows on v5e:4x4 --config.remat=dots needs a fifth less arithmetic, and 1.7 GB more.
 """
