@@ -103,6 +103,7 @@ def train(
 
 
 def _train(config, workdir, is_dry_run, devices, is_profiled, resources: contextlib.ExitStack) -> bool:
+    """`train`; what is to be freed at its end goes to `resources`."""
     # ------------------------------------------------------------------------------------------------------------------
     # The run: its config, and whether the folder holds an earlier part of it
     # ------------------------------------------------------------------------------------------------------------------
