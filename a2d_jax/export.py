@@ -15,11 +15,12 @@ from absl import app, flags, logging
 from a2d_jax.config import load_config
 from a2d_jax.files import local_path
 from a2d_jax.folders import TRAIN_CONFIG_NAME, check_target, hf_folder
-from a2d_jax.hf_io import INDEX_NAME, check_dense, save_pretrained
+from a2d_jax.hf_io import check_dense, save_pretrained
 from a2d_jax.models.lora import merge_adapter
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import save_adapter
 from a2d_jax.pretrained import load_pretrained
+from a2d_jax.safetensors_io import INDEX_NAME
 
 
 def base_model_of(checkpoint: str) -> str | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from a2d_jax.checkpoint import CHECKPOINTS_FOLDER, complete_steps
 from a2d_jax.files import as_path
 from a2d_jax.folders import HF_FOLDER, is_training_folder
-from a2d_jax.hf_io import SafetensorsFolder
 from a2d_jax.peft_io import WEIGHTS_NAME as ADAPTER_NAME
+from a2d_jax.safetensors_io import SafetensorsFolder
 
 NUM_NUMBERS = 64  # of each tensor
 

@@ -22,7 +22,6 @@ from a2d_jax.config import load_config
 from a2d_jax.files import as_path, local_path
 from a2d_jax.folders import HF_FOLDER, PARAMS_FOLDER
 from a2d_jax.hf_io import (
-    SafetensorsFolder,
     abstract_model,
     check_tensors,
     check_tied_head,
@@ -36,6 +35,7 @@ from a2d_jax.hf_io import (
 )
 from a2d_jax.models.naming import TensorName, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
+from a2d_jax.safetensors_io import SafetensorsFolder
 
 _GROUP_BYTES = 256_000_000  # written at once: larger groups cost memory, smaller ones a commit each
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

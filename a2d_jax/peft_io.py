@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from a2d_jax.config import ModelConfig
 from a2d_jax.files import local_path, write_beside, write_json
-from a2d_jax.hf_io import write_safetensors
 from a2d_jax.models.lora import LoRAConfig, adaptable, adapted, attach
 from a2d_jax.models.naming import adapter_targets, module_names, projections
 from a2d_jax.models.transformer import Transformer
+from a2d_jax.safetensors_io import write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

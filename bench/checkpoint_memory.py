@@ -22,8 +22,9 @@ from absl import app, flags
 
 from a2d_jax.config import ModelConfig
 from a2d_jax.files import write_json
-from a2d_jax.hf_io import INDEX_NAME, split_into_shards, write_safetensors
+from a2d_jax.hf_io import split_into_shards
 from a2d_jax.models.naming import tensor_names
+from a2d_jax.safetensors_io import INDEX_NAME, write_safetensors
 
 _OUT = flags.DEFINE_string("out", "bench_out", "folder for the table")
 _GIGABYTES = flags.DEFINE_float("gigabytes", 4.0, "size of the generated checkpoint")

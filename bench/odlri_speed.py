@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from a2d_jax.files import write_json
-from a2d_jax.hf_io import SafetensorsFolder
+from a2d_jax.safetensors_io import SafetensorsFolder
 from bench.growth import measure_growth, plot_growth
 from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import decompose

@@ -32,10 +32,10 @@ from absl import app, flags, logging
 
 from a2d_jax.config import load_config
 from a2d_jax.files import write_beside, write_json
-from a2d_jax.hf_io import SafetensorsFolder
 from a2d_jax.plots import plt, save_figure
 from a2d_jax.pretrained import load_pretrained
 from a2d_jax.progress import clock
+from a2d_jax.safetensors_io import SafetensorsFolder
 from a2d_jax.stages import claim_folder, exit_if_stopped
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax import calibrate, compress

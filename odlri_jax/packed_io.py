@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 from a2d_jax.config import ModelConfig, load_config
 from a2d_jax.files import write_json
 from a2d_jax.hf_io import (
-    SafetensorsFolder,
     abstract_model,
     check_tensors,
     fill_model,
@@ -36,6 +35,7 @@ from a2d_jax.hf_io import (
 )
 from a2d_jax.models.naming import TensorName, module_names, projections, tensor_names
 from a2d_jax.models.transformer import DTypes, Transformer
+from a2d_jax.safetensors_io import SafetensorsFolder
 from odlri_jax.decompose_config import DecomposeConfig
 from odlri_jax.linear import CompressedLinear
 from odlri_jax.packed_tensors import TensorSpec, tensor_specs

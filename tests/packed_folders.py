@@ -8,8 +8,8 @@ import numpy as np
 import packed_reader
 
 import a2d_jax
-from a2d_jax.hf_io import SafetensorsFolder, write_safetensors
 from a2d_jax.models.naming import tensor_names
+from a2d_jax.safetensors_io import SafetensorsFolder, write_safetensors
 from odlri_jax import DecomposeConfig
 from odlri_jax.packed_io import Manifest, write_manifest
 from odlri_jax.packed_tensors import tensor_specs

@@ -22,11 +22,12 @@ from flax import nnx
 import a2d_jax
 from a2d_jax.export import export
 from a2d_jax.folders import FORMATS_GROUP, hf_folder
-from a2d_jax.hf_io import SafetensorsFolder, split_into_shards, write_safetensors
+from a2d_jax.hf_io import split_into_shards
 from a2d_jax.models.lora import LoRAConfig, add_lora
 from a2d_jax.models.naming import module_names, projections
 from a2d_jax.orbax_io import convert_folder
 from a2d_jax.peft_io import read_peft_config
+from a2d_jax.safetensors_io import SafetensorsFolder, write_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ATOL = 1e-4

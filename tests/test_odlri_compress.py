@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import a2d_jax
 from a2d_jax.config import ModelConfig
-from a2d_jax.hf_io import SafetensorsFolder
 from a2d_jax.models.transformer import Transformer
 from a2d_jax.orbax_io import convert_folder
+from a2d_jax.safetensors_io import SafetensorsFolder
 from odlri_jax import compress
 from odlri_jax.compress import CompressConfig
 from odlri_jax.decompose import decompose_stack
