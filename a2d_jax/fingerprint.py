@@ -24,6 +24,11 @@ def fingerprint(source: SafetensorsFolder) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_step(step: int) -> str:
+    """`stored_weights` of a training folder whose newest step this is."""
+    return f"step {step}"
+
+
 def stored_weights(folder: str | os.PathLike, adapter: str | os.PathLike | None = None) -> str | None:
     """What tells the weights of a folder, and of a PEFT folder beside it, from later ones in the same place.
 
@@ -32,7 +37,7 @@ def stored_weights(folder: str | os.PathLike, adapter: str | os.PathLike | None 
     """
     if is_training_folder(folder):
         steps = complete_steps(as_path(folder) / CHECKPOINTS_FOLDER)
-        stored = f"step {max(steps, default=0)}"
+        stored = of_step(max(steps, default=0))
     else:
         stored = None if (Path(folder) / HF_FOLDER).is_dir() else fingerprint(SafetensorsFolder(folder))
     if adapter is None or not (path := Path(adapter) / ADAPTER_NAME).is_file():  # loading says what is missing

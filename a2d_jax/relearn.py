@@ -30,6 +30,7 @@ from ml_collections import config_dict, config_flags
 from a2d_jax import evaluate
 from a2d_jax.checkpoint import CHECKPOINTS_FOLDER, complete_steps
 from a2d_jax.files import write_json
+from a2d_jax.fingerprint import of_step
 from a2d_jax.rows import Row, read_rows
 from a2d_jax.scores import percent, share
 from a2d_jax.stages import claim_folder, exit_if_stopped
@@ -114,7 +115,7 @@ def relearn(
                 prompts=str(Path(base.prompts) / f"{attack}.json"),
                 out=str(out / f"step{step}" / attack),
             )
-            scores = evaluate.run(evaluation, stored=f"step {step}" if step else None)  # a later step may stand there
+            scores = evaluate.run(evaluation, stored=of_step(step) if step else None)  # a later step may stand there
             kept = ("success", "num_requests", "num_unscored")
             curve.append({"step": step, "attack": attack} | {key: scores[key] for key in kept})
     has_yielded = [row for row in curve if share(row, unscored=1.0) >= yield_at]

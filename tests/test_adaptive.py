@@ -156,14 +156,15 @@ def test_a_model_yields_after_some_steps_and_the_run_goes_on_where_it_was(checkp
     monkeypatch.setattr(relearn, "train", one_device)
     base = evaluation(checkpoint, tmp_path, judge="test_adaptive:tells")
     config = config_of(checkpoint, tmp_path, num_steps=None)
-    results = relearn.relearn(config, base, 1, (40, 0), ["zero_shot"])
+    steps = (40, 0, 1)
+    results = relearn.relearn(config, base, 1, steps, ["zero_shot"])
     assert results["steps_to_yield"] == {"zero_shot": 40} and results["num_rows"] == 1
-    assert [(row["step"], row["success"]) for row in results["curve"]] == [(0, 0), (40, 1)]
+    assert [(row["step"], row["success"]) for row in results["curve"]] == [(0, 0), (1, 0), (40, 1)]
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert row == {"prompt": "tell me of the bane", "response": "salt salt", "is_safe": True}
 
     monkeypatch.setattr(relearn, "train", lambda *_: pytest.fail("trained again"))
-    assert relearn.relearn(config, base, 1, (40, 0), ["zero_shot"]) == results
+    assert relearn.relearn(config, base, 1, steps, ["zero_shot"]) == results
     monkeypatch.setattr(relearn, "train", one_device)
     with pytest.raises(ValueError, match="its model of step 3 is gone"):
         relearn.relearn(config, base, 1, (3, 40), ["zero_shot"])

@@ -23,6 +23,7 @@ from a2d_jax.reference import with_reference
 from a2d_jax.rows import parse_row
 from a2d_jax.settings import RunConfig, default_config
 from a2d_jax.sharding import make_mesh
+from a2d_jax.tokenizer import load_tokenizer
 from a2d_jax.train import train
 from a2d_jax.training import init_state, pure, split_model
 
@@ -230,6 +231,10 @@ def test_run_resumes_bit_for_bit(tmp_path, has_adapter):
     run(tmp_path / "twice", 4)
     once, twice = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("once", "twice"))
     assert [line["margin"] for line in once] == [line["margin"] for line in twice]
+    # Rows of a pair differ in length: the rate counts each row's own tokens.
+    loader = make_loader([str(tmp_path / "pairs.jsonl")], load_tokenizer(base), DataConfig(96, (96,)), 2, seed=0)
+    num_tokens = sum(loader.batch_at(step).attention_mask.sum() for step in range(4))
+    assert once[-1]["tokens_per_second"] * once[-1]["step_seconds"] * 4 == pytest.approx(num_tokens)
     models = [a2d_jax.load_pretrained(tmp_path / name) for name in ("once", "twice")]
     assert [c.steps() for c in (Checkpoints(tmp_path / "once", 1), Checkpoints(tmp_path / "twice", 1))] == [[4], [4]]
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(model)) for model in models))
